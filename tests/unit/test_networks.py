@@ -1,0 +1,262 @@
+"""Every network in NETWORKS: shapes, batch invariance, gradients, learning; the same in torch, ONNX and NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from kernel.reference import score
+from model.errors import SpecError
+from model.export import OPSET
+from model.features import FeatureSpec, Field
+from model.losses import Labels, softmax
+from model.networks import LR, NETWORKS, Network, RankTower, TwoTower
+
+SPEC = FeatureSpec(
+    (
+        Field(name="user_id", side="user", kind="categorical", dim=8, vocabulary=tuple("abcdef"), values="string"),
+        Field(name="history", side="user", kind="sequence", dim=8, length=4, pooling="attention", shares="item_id"),
+        Field(name="age", side="user", kind="numeric", dim=4, edges=(20.0, 30.0, 40.0)),
+        Field(name="hour", side="context", kind="categorical", dim=4, vocabulary=(0, 1, 2)),
+        Field(name="item_id", side="item", kind="categorical", dim=8, vocabulary=tuple(range(30))),
+        Field(name="tags", side="item", kind="multi", dim=4, length=3, vocabulary=(7, 8, 9)),
+        Field(name="price", side="item", kind="numeric", dim=4, edges=(1.0, 2.0)),
+    ),
+    "string",
+    "int",
+)
+SMALL: dict[str, dict[str, Any]] = {"ranktower": {"dim": 8, "hidden": 16, "gate_hidden": 4}}
+SWITCHES: list[dict[str, Any]] = [
+    {"item_bias": False},
+    {"input_gate": "fields"},
+    {"input_gate": "off", "output_gate": False},
+    {"cross_attention": False},
+    {"cross_attention": False, "item_bias": False, "user_heads": 1, "item_heads": 8},
+    {"direction": "user"},
+    {"direction": "item"},
+    {"tied_values": True},
+    {"tied_values": True, "direction": "item", "user_heads": 8, "item_heads": 1},
+    {"user_heads": 2, "item_heads": 3},
+]
+VARIANTS = [(name, {}) for name in NETWORKS] + [("ranktower", options) for options in SWITCHES]
+VARIANTS += [("two_tower", {"item_bias": False, "hidden": []})]
+
+
+def network(name: str, **options: Any) -> Network:
+    torch.manual_seed(0)
+    return NETWORKS[name](SPEC, **{**SMALL.get(name, {}), **options})
+
+
+def rows(tower: str, count: int, seed: int = 0) -> Tensor:
+    """(count, width) int32 of valid indices; the first row is missing everywhere."""
+    rng = np.random.default_rng(seed)
+    fields = SPEC.user_fields if tower == "user" else SPEC.item_fields
+    columns = [rng.integers(0, SPEC.owner(field).size, (count, field.length)) for field in fields]
+    matrix = np.concatenate(columns, axis=1).astype(np.int32)
+    matrix[0] = 0
+    return torch.from_numpy(matrix)
+
+
+def lists(net: Network, b: int = 4, n: int = 6) -> tuple[Tensor, Tensor]:
+    """Records (b, Ru) and (b, n, Ri)."""
+    return net.user(rows("user", b)), net.item(rows("item", b * n)).view(b, n, -1)
+
+
+def train(net: Network, user: Tensor, item: Tensor, grade: Tensor, steps: int) -> Tensor:
+    """Scores (b, n) after so many steps of multi-positive softmax."""
+    everywhere = torch.ones_like(grade, dtype=torch.bool)
+    labels = Labels(grade, torch.zeros(grade.shape), everywhere)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        softmax(score_lists(net, user, item), labels, everywhere).backward()
+        optimizer.step()
+    return score_lists(net, user, item).detach()
+
+
+def score_lists(net: Network, user: Tensor, item: Tensor) -> Tensor:
+    return net.score(net.user(user), net.item(item.flatten(0, 1)).unflatten(0, item.shape[:2]))
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_records_and_scores_have_the_shapes_that_the_head_names(name: str, options: dict[str, Any]) -> None:
+    net = network(name, **options)
+    head = net.head()
+    user, item = lists(net)
+    assert user.shape == (4, head.user_size)
+    assert item.shape == (4, 6, head.item_size)
+    assert net.score(user, item).shape == (4, 6)
+    assert user.dtype == item.dtype == torch.float32
+    assert torch.equal(net.user(rows("user", 4).long()), user)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_scores_equal_those_of_the_numpy_reference(name: str, options: dict[str, Any]) -> None:
+    net = network(name, **options).eval()
+    with torch.no_grad():
+        user, item = lists(net)
+        found = net.score(user, item).numpy()
+    for row in range(len(user)):
+        expected = score(net.head(), user[row].numpy(), item[row].numpy())
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_batch_equals_its_rows_one_by_one(name: str, options: dict[str, Any]) -> None:
+    net = network(name, **options).eval()
+    for tower in ("user", "item"):
+        batch = rows(tower, 9)
+        alone = [getattr(net, tower)(batch[i, None]) for i in range(9)]
+        torch.testing.assert_close(torch.cat(alone), getattr(net, tower)(batch))
+    user, item = lists(net)
+    alone = [net.score(user[i, None], item[i, None, j, None]) for i in range(4) for j in range(6)]
+    torch.testing.assert_close(torch.cat(alone).view(4, 6), net.score(user, item))
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_gradients_reach_every_parameter(name: str, options: dict[str, Any]) -> None:
+    net = network(name, **options)
+    user, item, grade = rows("user", 8), rows("item", 48).view(8, 6, -1), torch.eye(8, 6).int()
+    train(net, user, item, grade, steps=2)  # what starts at zero hides what lies below it
+    net.zero_grad()
+    score_lists(net, user, item).square().sum().backward()
+    for place, parameter in net.named_parameters():
+        assert parameter.grad is not None, place
+        assert parameter.grad.any(), place
+        assert parameter.grad.isfinite().all(), place
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_overfits_a_tiny_set_of_lists(name: str) -> None:
+    user, item = rows("user", 6, seed=1), rows("item", 8, seed=1).expand(6, 8, -1)
+    liked_by_all = torch.arange(8) % 4 == 1
+    own = torch.eye(6, 8).roll(1, dims=1).bool()
+    grade = (liked_by_all.expand(6, 8) if name == "lr" else own).int()
+    scores = train(network(name), user, item, grade, steps=60)
+    worst, best = scores.masked_fill(grade == 0, 99).amin(dim=1), scores.masked_fill(grade > 0, -99).amax(dim=1)
+    assert (worst > best).all()
+
+
+class Towers(nn.Module):
+    """Both towers as one graph: tracing is what takes the time."""
+
+    def __init__(self, net: Network) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net.user(user), self.net.item(item)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter deprecates its own internals
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torch_equals_onnx_runtime_for_any_batch(name: str) -> None:
+    net = network(name)
+    train(net, rows("user", 8), rows("item", 48).view(8, 6, -1), torch.eye(8, 6).int(), steps=3)
+    net.eval()
+    batches = ({0: torch.export.Dim("users")}, {0: torch.export.Dim("items")})
+    program = torch.onnx.export(
+        Towers(net),
+        (rows("user", 2), rows("item", 2)),
+        input_names=["user", "item"],
+        dynamic_shapes=batches,
+        opset_version=OPSET,
+        verbose=False,
+    )
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for users, items in ((1, 33), (2, 1), (33, 2)):
+        user, item = rows("user", users, seed=1), rows("item", items, seed=2)
+        found = session.run(None, {"user": user.numpy(), "item": item.numpy()})
+        with torch.no_grad():
+            expected = net.user(user), net.item(item)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_precision_autocast_gives_float32_records_and_nearly_the_same_scores(name: str) -> None:
+    net = network(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        user, item = lists(net)
+        found = net.score(user, item)
+        found.sum().backward()
+    assert user.dtype == item.dtype == found.dtype == torch.float32
+    torch.testing.assert_close(found, net.score(*lists(net)), atol=0.3, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_can_be_saved_without_shared_memory_and_read_back(name: str) -> None:
+    net = network(name)
+    save(net.state_dict())
+    other = NETWORKS[name](SPEC, **SMALL.get(name, {}))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.user(rows("user", 3)), net.user(rows("user", 3)))
+
+
+def test_lr_is_a_sum_of_one_weight_for_each_field() -> None:
+    net = network("lr")
+    assert isinstance(net, LR)
+    item_id, tags, price = (net.tables[net.tables.owners.index(name)].weight for name in ("item_id", "tags", "price"))
+    one = net.item(torch.tensor([[5, 2, 3, 0, 1]]))
+    torch.testing.assert_close(one[0, 1], (item_id[5] + tags[[2, 3]].mean(0) + price[1]).squeeze())
+    user, item = lists(net)
+    torch.testing.assert_close(net.score(user, item), user[:, :1] + item[..., 1])
+
+
+def test_two_tower_scores_are_gamma_times_a_cosine() -> None:
+    net = network("two_tower", item_bias=False)
+    assert isinstance(net, TwoTower)
+    user, item = lists(net)
+    cosine = torch.cosine_similarity(user.unsqueeze(1), item, dim=2)
+    torch.testing.assert_close(net.score(user, item), net.head().scale * cosine)
+
+
+@pytest.mark.parametrize("name", ["two_tower", "ranktower"])
+def test_the_item_bias_starts_at_zero_and_is_added_to_the_score(name: str) -> None:
+    net = network(name)
+    user, item = lists(net)
+    assert not item[..., -1].any()
+    shifted = torch.cat([item[..., :-1], torch.full((4, 6, 1), 2.5)], dim=2)
+    torch.testing.assert_close(net.score(user, shifted), net.score(user, item) + 2.5)
+
+
+def test_scores_start_wide_enough_to_pass_a_margin_of_one() -> None:
+    for heads in (1, 2, 4, 8):
+        head = network("ranktower", user_heads=heads, item_heads=heads).head()
+        assert head.scale * heads == pytest.approx(10)
+
+
+def test_the_head_follows_the_learned_temperature() -> None:
+    net = network("ranktower")
+    assert net.similarity is not None
+    nn.init.constant_(net.similarity.theta, 0.0)
+    assert net.head().scale == 1.0
+
+
+def test_evaluation_mode_is_deterministic_and_training_mode_drops() -> None:
+    for name in ("two_tower", "ranktower"):
+        net, x = network(name, dropout=0.5, field_dropout=0.5), rows("user", 20)
+        assert not torch.equal(net.user(x), net.user(x))
+        net.eval()
+        assert torch.equal(net.user(x), net.user(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"user_heads": 0}, "user_heads is 0"),
+        ({"dim": -1}, "dim is -1"),
+        ({"input_gate": "some"}, "input_gate is 'some': use one of units, fields, off"),
+        ({"direction": "left"}, "direction is 'left': use one of both, user, item"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(SpecError, match=complaint):
+        RankTower(SPEC, **options)

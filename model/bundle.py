@@ -1,11 +1,11 @@
 """The artifact folder between training and serving: written once, named by its content, verified whenever it is opened.
 
-    manifest.json     format, id, network, head, calibration, metrics, versions, git commit, sha256 of every other file
-    spec.json         the fitted FeatureSpec
-    user.onnx         (b, user width) int32 -> (b, user record) float32
-    item.onnx         (b, item width) int32 -> (b, item record) float32
-    probe.safetensors golden inputs and outputs, recomputed at every load
-    warmup.json       recorded request bodies, replayed before a service is ready
+manifest.json     format, id, network, head, calibration, metrics, versions, git commit, sha256 of every other file
+spec.json         the fitted FeatureSpec
+user.onnx         (b, user width) int32 -> (b, user record) float32
+item.onnx         (b, item width) int32 -> (b, item record) float32
+probe.safetensors golden inputs and outputs, recomputed at every load
+warmup.json       recorded request bodies, replayed before a service is ready
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Bundle:
         tower = Tower(self.folder / f"{name}.onnx", threads=threads)
         if (tower.width, tower.size) != (width, size):
             raise BundleError(
-                f"bundle {self.id}: {name}.onnx maps {tower.width} to {tower.size}, the manifest says {width} to {size}: "
-                "export the bundle again"
+                f"bundle {self.id}: {name}.onnx maps {tower.width} to {tower.size}, "
+                f"the manifest says {width} to {size}: export the bundle again"
             )
         return tower
 

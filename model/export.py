@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from kernel.head import HeadSpec
 from kernel.reference import score
 from model.bundle import largest_difference, open_bundle, seal_bundle
+from model.checkpoint import load_checkpoint
 from model.errors import BundleError
 from model.features import FeatureSpec
 from model.features import Tower as TowerName
 from model.folders import replacing_folder
+from model.networks import Network
 from model.tower import INPUT, OUTPUT, Tower
-from model.train import load_checkpoint
 
 TOLERANCE = 1e-4
 PROBE_USERS, PROBE_ITEMS = 4, 64
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 class _Graph(nn.Module):
     """One method of a network as a module, so that it can be traced."""
 
-    def __init__(self, network: nn.Module, tower: TowerName) -> None:
+    def __init__(self, network: Network, tower: TowerName) -> None:
         super().__init__()
         self.network, self.tower = network, tower
 
@@ -49,7 +50,7 @@ class _Graph(nn.Module):
 def export_bundle(run: Path, out: Path) -> str:
     """Export the checkpoint in folder `run` to the bundle folder `out`; returns the bundle's id.
 
-    Raises BundleError when a tower or a score in ONNX Runtime differs from torch by more than 1e-4; `out` is then as it was.
+    Raises BundleError when a tower or a score in ONNX Runtime differs from torch by more than 1e-4; `out` stays.
     """
     network, spec, config = load_checkpoint(run)
     network = network.cpu().float().eval()
@@ -72,7 +73,7 @@ def width(spec: FeatureSpec, tower: TowerName) -> int:
     return spec.user_width if tower == "user" else spec.item_width
 
 
-def write_graph(network: nn.Module, tower: TowerName, columns: int, path: Path) -> None:
+def write_graph(network: Network, tower: TowerName, columns: int, path: Path) -> None:
     """Trace network.user or network.item to ONNX with a free batch dimension."""
     example = torch.zeros((2, columns), dtype=torch.int32)
     with warnings.catch_warnings():
@@ -92,9 +93,9 @@ def write_graph(network: nn.Module, tower: TowerName, columns: int, path: Path) 
     program.save(path)
 
 
-def make_probe(network: nn.Module, spec: FeatureSpec, head: HeadSpec, folder: Path) -> dict[str, NDArray[Any]]:
+def make_probe(network: Network, spec: FeatureSpec, head: HeadSpec, folder: Path) -> dict[str, NDArray[Any]]:
     """Random valid inputs with torch's outputs, which ONNX Runtime and the NumPy head must reproduce."""
-    features = {name: random_features(spec, name, rows) for name, rows in (("user", PROBE_USERS), ("item", PROBE_ITEMS))}
+    features = {"user": random_features(spec, "user", PROBE_USERS), "item": random_features(spec, "item", PROBE_ITEMS)}
     with torch.no_grad():
         records = {name: getattr(network, name)(torch.from_numpy(rows)) for name, rows in features.items()}
         scores = network.score(records["user"], records["item"].expand(PROBE_USERS, -1, -1)).numpy()
@@ -114,9 +115,7 @@ def make_probe(network: nn.Module, spec: FeatureSpec, head: HeadSpec, folder: Pa
 def random_features(spec: FeatureSpec, tower: TowerName, rows: int) -> NDArray[np.int32]:
     """Valid index rows (rows, width), drawn uniformly from each table; the first row is all missing."""
     rng = np.random.default_rng(0)
-    columns = [
-        rng.integers(0, spec.owner(field).size, (rows, field.length)) for field in spec.tower_fields(tower)
-    ]
+    columns = [rng.integers(0, spec.owner(field).size, (rows, field.length)) for field in spec.tower_fields(tower)]
     features = np.concatenate(columns, axis=1).astype(np.int32)
     features[0] = 0
     return features
@@ -139,7 +138,10 @@ def _manifest(config: dict[str, Any], spec: FeatureSpec, head: HeadSpec, metrics
         "spec_id": spec.id,
         "calibration": {name: metrics["calibration"][name] for name in ("a", "b")},
         "metrics": metrics,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "onnxruntime", "onnx")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "onnxruntime", "onnx")},
+        },
         "git_commit": _git_commit(),
     }
 

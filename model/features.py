@@ -1,4 +1,4 @@
-"""Turn raw columns and request bodies into the index matrices that the towers read: the only transform, offline and online.
+"""Turn raw columns and request bodies into the index matrices of the towers: the only transform, offline and online.
 
 Every field becomes `length` columns of an int32 matrix; an entry is a row of the field's embedding table. Row 0 is
 "missing" (and padding), row 1 is "unknown" (a value never seen in training); values and buckets follow. All
@@ -80,6 +80,8 @@ class FeatureSpec:
     fields: tuple[Field, ...]
     user_id_type: IdType
     item_id_type: IdType
+    user_id_name: str = "user_id"  # the id column of the users; a field of this name holds the id itself
+    item_id_name: str = "item_id"
 
     def __post_init__(self) -> None:
         names = [field.name for field in self.fields]
@@ -94,7 +96,9 @@ class FeatureSpec:
         if owner.shares:
             raise SpecError(f"field {field.name} shares {owner.name}, which shares {owner.shares}: share the owner")
         if (field.kind == "numeric") != (owner.kind == "numeric") or field.dim != owner.dim:
-            raise SpecError(f"field {field.name} (dim {field.dim}) cannot share the table of {owner.name} (dim {owner.dim})")
+            raise SpecError(
+                f"field {field.name} (dim {field.dim}) cannot share the table of {owner.name} (dim {owner.dim})"
+            )
 
     @cached_property
     def id(self) -> str:
@@ -188,14 +192,17 @@ class FeatureSpec:
         by_table: dict[str, _Buckets | _Vocabulary] = {}
         for field in self.fields:
             owner = self.owner(field)
-            by_table[field.name] = _Buckets(owner, field.name) if owner.kind == "numeric" else _Vocabulary(owner, field.name)
+            by_table[field.name] = (
+                _Buckets(owner, field.name) if owner.kind == "numeric" else _Vocabulary(owner, field.name)
+            )
         return by_table
 
     @cached_property
     def _plans(self) -> dict[str, list[tuple[str, int, bool, bool, _Buckets | _Vocabulary]]]:
         return {
             tower: [
-                (f.name, f.length, f.is_list, f.kind == "sequence", self._codes[f.name]) for f in self.tower_fields(tower)
+                (f.name, f.length, f.is_list, f.kind == "sequence", self._codes[f.name])
+                for f in self.tower_fields(tower)
             ]
             for tower in get_args(Tower)
         }
@@ -207,6 +214,8 @@ class FeatureSpec:
             "format": FORMAT,
             "user_id_type": self.user_id_type,
             "item_id_type": self.item_id_type,
+            "user_id_name": self.user_id_name,
+            "item_id_name": self.item_id_name,
             "fields": [asdict(field) for field in self.fields],
         }
 
@@ -218,7 +227,7 @@ class FeatureSpec:
             Field(**{**field, "vocabulary": tuple(field["vocabulary"]), "edges": tuple(field["edges"])})
             for field in value["fields"]
         )
-        return cls(fields, value["user_id_type"], value["item_id_type"])
+        return cls(fields, *(value[f"{side}_id_{what}"] for what in ("type", "name") for side in ("user", "item")))
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.to_json(), separators=(",", ":")))
@@ -231,7 +240,7 @@ class FeatureSpec:
             raise SpecError(f"{path}: not a feature specification ({error}): export the bundle again") from error
 
 
-# --- values to table rows ----------------------------------------------------------------------------------------------
+# --- values to table rows -------------------------------------------------------------------------------------------
 
 
 class _Vocabulary:
@@ -331,7 +340,7 @@ def _check_list(name: str, value: Any) -> None:
         raise FeatureError(name, f"expected a list, got {value!r}: send a list, empty if there is nothing")
 
 
-# --- fitting -----------------------------------------------------------------------------------------------------------
+# --- fitting ---------------------------------------------------------------------------------------------------------
 
 
 def fit_spec(
@@ -340,6 +349,8 @@ def fit_spec(
     *,
     user_id_type: IdType,
     item_id_type: IdType,
+    user_id_name: str = "user_id",
+    item_id_name: str = "item_id",
     min_count: int = 1,
     buckets: int = 32,
 ) -> FeatureSpec:
@@ -352,9 +363,11 @@ def fit_spec(
     for field in fields:
         column = rows.get(field.side, {}).get(field.name)
         if field.shares is None and column is not None:
-            field = _fit_edges(field, column, buckets) if field.kind == "numeric" else _fit_values(field, column, min_count)
+            field = (
+                _fit_edges(field, column, buckets) if field.kind == "numeric" else _fit_values(field, column, min_count)
+            )
         fitted.append(field)
-    return FeatureSpec(tuple(fitted), user_id_type, item_id_type)
+    return FeatureSpec(tuple(fitted), user_id_type, item_id_type, user_id_name, item_id_name)
 
 
 def _fit_values(field: Field, column: Column, min_count: int) -> Field:

@@ -21,9 +21,9 @@ class replacing_folder:
         self.out, self.mark = out, mark
 
     def __enter__(self) -> Path:
-        if self.out.exists() and not (self.out / self.mark).is_file():
-            if not self.out.is_dir() or any(self.out.iterdir()):
-                raise RankTowerError(f"{self.out} exists and holds no {self.mark}: choose another folder or remove it")
+        ours = (self.out / self.mark).is_file() or (self.out.is_dir() and not any(self.out.iterdir()))
+        if self.out.exists() and not ours:
+            raise RankTowerError(f"{self.out} exists and holds no {self.mark}: choose another folder or remove it")
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
         return self.temporary

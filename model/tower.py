@@ -31,7 +31,9 @@ class Tower:
             raise BundleError(f"{path}: ONNX Runtime cannot load it ({error}): export the bundle again") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if [node.name for node in inputs] != [INPUT] or [node.name for node in outputs] != [OUTPUT]:
-            raise BundleError(f"{path}: a tower has one input {INPUT!r} and one output {OUTPUT!r}: export the bundle again")
+            raise BundleError(
+                f"{path}: a tower has one input {INPUT!r} and one output {OUTPUT!r}: export the bundle again"
+            )
         self.width = int(inputs[0].shape[1])
         self.size = int(outputs[0].shape[1])
 

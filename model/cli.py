@@ -1,0 +1,263 @@
+"""The verbs between raw logs and a bundle: data, train, evaluate, export. Heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from model.errors import RankTowerError, TrainError
+
+if TYPE_CHECKING:
+    from model.train import Progress, Recipe
+
+CUTS = (5, 10, 20, 50, 100)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+LogFolder = Annotated[Path, typer.Option("--log", help="Folder with a log in the documented form (docs/data.md).")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+
+
+@contextmanager
+def mending() -> Iterator[None]:
+    """Print an error that a user can mend on one line and exit with 2."""
+    try:
+        yield
+    except RankTowerError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="movielens, kuairand, or a folder with KuaiRand's files or a log.")],
+    out: Out,
+    folder: Annotated[Path | None, typer.Option("--from", help="Folder with the files of a named data set.")] = None,
+) -> None:
+    """Bring logs into the documented form, check them, and say what was read and what was dropped."""
+    with mending():
+        from model.datasets.log import SPLITS, read_log
+
+        path = convert(source, folder, out)
+        log = read_log(path)
+        typer.echo(f"{path}: log {log.schema.name}, {len(log.users):,} users, {len(log.items):,} items")
+        for name, count in log.report.items():
+            typer.echo(f"  {name:<14}{count:>12,}")
+        for place, name in enumerate(SPLITS):
+            typer.echo(f"  {name:<14}{int((log.split == place).sum()):>12,}")
+
+
+def convert(source: str, folder: Path | None, out: Path) -> Path:
+    """The log folder made from a data set's name, from a folder that an adapter knows, or a log as it is."""
+    from model.datasets import DATASETS
+
+    if source in DATASETS:
+        return DATASETS[source](folder, out)
+    path = Path(source)
+    if not path.is_dir():
+        raise TrainError(f"data {source!r} is neither a folder nor one of {', '.join(DATASETS)}: give one of them")
+    if (path / "log.toml").is_file():
+        return path
+    return DATASETS["kuairand"](path, out)
+
+
+@app.command()
+def train(
+    log: LogFolder,
+    out: Out,
+    network: Annotated[str, typer.Option(help="ranktower, two_tower or lr.")] = "ranktower",
+    loss: Annotated[str | None, typer.Option(help="hybrid, softmax, bce, ... By default the network's own.")] = None,
+    sampler: Annotated[str, typer.Option(help="full, without-random, without-candidates or impressions.")] = "full",
+    lr: Annotated[float | None, typer.Option(help="Learning rate of all but the embedding tables.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Most epochs; early stopping may end sooner.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Lists of a step.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides every random draw.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole epoch in the folder.")] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Option of recipe, network, loss or sampler: dim=16, random=80."),
+    ] = None,
+) -> None:
+    """Train a network; write weights, metrics and sample requests."""
+    with mending():
+        from model.datasets.log import read_log
+        from model.train import Recipe
+        from model.train import train as fit
+
+        chosen = {"lr": lr, "epochs": epochs, "batch": batch, "loss": loss}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        recipe = with_settings(
+            Recipe(network=network, sampler=sampler, seed=seed, device=device, **given),  # type: ignore[arg-type]
+            setting or [],
+        )
+        logging.basicConfig(level=logging.WARNING)
+        with progress_bars() as progress:
+            metrics = fit(read_log(log), out, recipe, resume=resume, progress=progress)
+        teacher = metrics["teacher"]
+        if teacher is not None:
+            typer.echo("teacher AUC, out of fold: " + ", ".join(f"{k} {v:.4f}" for k, v in teacher["auc"].items()))
+        typer.echo(f"best epoch {metrics['best_epoch']}, validation NDCG@10 {metrics['valid_ndcg@10']:.4f}")
+        show_rows({name: metrics[name] for name in ("model", "popularity", "random")}, metrics["lists"])
+
+
+def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
+    """The recipe with `key=value` pairs put where they belong: its own fields, else network, loss or sampler options.
+
+    Values are JSON, else text. A prefix `network.`, `loss.` or `sampler.` says where a key belongs that two know.
+    """
+    from dataclasses import replace
+
+    for pair in settings:
+        key, sign, text = pair.partition("=")
+        if not sign or not key:
+            raise TrainError(f"--set {pair!r}: write key=value")
+        place, name = _place(recipe, key)
+        value = _value(text)
+        changes: dict[str, Any] = {name: value}
+        if place != "recipe":
+            changes = {place: {**getattr(recipe, place), **changes}}
+        recipe = replace(recipe, **changes)
+    return recipe
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _place(recipe: Recipe, key: str) -> tuple[str, str]:
+    """Which part of a recipe takes a key, and the key without prefix."""
+    known = _known_settings(recipe)
+    prefix, _, name = key.rpartition(".")
+    places = {"network": "options", "loss": "loss_options", "sampler": "sampler_options", "": ""}
+    if prefix not in places:
+        raise TrainError(f"--set {key}: the prefix is {prefix!r}: use network., loss. or sampler.")
+    found = [place for place, names in known.items() if name in names and places[prefix] in ("", place)]
+    if len(found) == 1:
+        return found[0], name
+    if found:
+        raise TrainError(
+            f"--set {key}: {' and '.join(found)} both know it: write network., loss. or sampler. before it"
+        )
+    names = ", ".join(sorted({name for names in known.values() for name in names}))
+    raise TrainError(f"--set {key}: nothing takes it; known are {names}")
+
+
+def _known_settings(recipe: Recipe) -> Mapping[str, set[str]]:
+    """The names that each part of a recipe takes."""
+    from dataclasses import fields
+    from inspect import signature
+
+    from model.losses import FUNCTIONS, LOSSES
+    from model.networks import NETWORKS
+    from model.sampling import Sampler
+
+    own = {field.name for field in fields(recipe)} - {"options", "loss_options", "sampler_options"}
+    network = NETWORKS.get(recipe.network)
+    loss: Callable[..., Any] | None = FUNCTIONS.get(recipe.loss) or LOSSES.get(recipe.loss)
+    inputs = {"self", "spec", "scores", "labels", "mask", "grades"}
+    return {
+        "recipe": own,
+        "options": set(signature(network).parameters) - inputs if network else set(),
+        "loss_options": set(signature(loss).parameters) - inputs if loss else set(),
+        "sampler_options": {field.name for field in fields(Sampler)},
+    }
+
+
+@app.command()
+def evaluate(
+    log: LogFolder,
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Folder of a training run.")] = None,
+    bundle: Annotated[Path | None, typer.Option("--bundle", help="Folder of an exported bundle.")] = None,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    size: Annotated[int, typer.Option(help="Items of a list.")] = 200,
+    k: Annotated[list[int] | None, typer.Option("--k", help="Cut-offs of Recall and NDCG; repeat it.")] = None,
+    random_only: Annotated[bool, typer.Option("--random-only", help="Lists of impressions and random items.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file for the report.")] = None,
+) -> None:
+    """Measure a checkpoint or a bundle on held-out lists, beside popularity and random on the same ones."""
+    with mending():
+        from model.datasets.log import SPLITS, read_log
+        from model.evaluate import evaluate_bundle, evaluate_checkpoint
+
+        if (checkpoint is None) == (bundle is None):
+            raise TrainError("evaluate needs one of --checkpoint and --bundle: give one")
+        if split not in SPLITS:
+            raise TrainError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
+        measure, folder = (evaluate_checkpoint, checkpoint) if checkpoint else (evaluate_bundle, bundle)
+        assert folder is not None
+        options = {
+            "split": SPLITS.index(split),
+            "size": size,
+            "random_only": random_only,
+            "ks": k or (5, 10, 20, 50, 100),
+        }
+        report = measure(folder, read_log(log), **options)
+        if out is not None:
+            from model.checkpoint import write_json
+
+            write_json(out, report)
+        show_rows(report["rows"], report["lists"])
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Option("--run", help="Folder of a training run.")],
+    out: Out,
+) -> None:
+    """Write a training run as a bundle of ONNX towers, refusing when torch and ONNX Runtime differ."""
+    with mending():
+        from model.export import export_bundle
+
+        bundle_id = export_bundle(run, out)
+        size = sum(path.stat().st_size for path in out.iterdir())
+        typer.echo(f"{out}: bundle {bundle_id}, {size / 1e6:,.1f} MB")
+
+
+def show_rows(rows: Mapping[str, Mapping[str, Mapping[str, float]]], lists: Mapping[str, Any]) -> None:
+    """A table of metrics with their 95 % intervals, and what the lists were."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    names = list(next(iter(rows.values())))
+    for column in ("", *names):
+        table.add_column(column, justify="left" if not column else "right")
+    for row, metrics in rows.items():
+        cells = [f"{metrics[n]['mean']:.4f} [{metrics[n]['low']:.4f}, {metrics[n]['high']:.4f}]" for n in names]
+        table.add_row(row, *cells)
+    console = Console(width=max(100, 26 * (len(names) + 1)))
+    console.print(table)
+    console.print(
+        f"{lists['lists']:,} lists {lists['digest'][:16]} of up to {lists['size']} items, {lists['users']:,} users; "
+        f"{lists['left_out']:,} without a positive left out; 95 % intervals over users",
+        highlight=False,
+    )
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A bar for what is going on, redrawn in place on a terminal and silent elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            kind = what.partition(":")[0].split()[0]
+            if kind not in tasks:
+                tasks[kind] = bars.add_task(what, total=total)
+            bars.update(tasks[kind], description=what, completed=done, total=total)
+
+        yield show

@@ -1,0 +1,145 @@
+"""Measure a checkpoint or a bundle on frozen held-out lists, beside popularity and random on the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kernel.head import HeadSpec
+from kernel.reference import score
+from model.bundle import open_bundle
+from model.datasets.log import IMPRESSION, SPLITS, TEST, Log
+from model.errors import DataError
+from model.features import FeatureSpec
+from model.metrics import METRICS, Interval, bootstrap, group_auc, rank
+from model.requests import SplitRequests, encode_items, encode_users
+from model.sampling import Lists, evaluation_lists, popularity
+
+SIZE = 200  # items of a held-out list
+KS = (10, 50)
+Towers = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Row = dict[str, Interval]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Frozen lists of one split; `digest` names them."""
+
+    requests: SplitRequests
+    lists: Lists
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the lists, 64 hex digits."""
+        return self.lists.digest
+
+    def take(self, rows: np.ndarray) -> HeldOut:
+        """The lists at `rows`, (m,) int or bool."""
+        return HeldOut(requests=self.requests.take(rows), lists=self.lists.take(rows))
+
+    def describe(self) -> dict[str, Any]:
+        """Counts and digest for metrics.json."""
+        with_positive = int((self.lists.grade > 0).any(axis=1).sum())
+        return {
+            "digest": self.digest,
+            "lists": with_positive,
+            "left_out": len(self.lists) - with_positive,  # without a positive
+            "users": len(np.unique(self.requests.user)),
+            "size": int(self.lists.mask.sum(axis=1).max(initial=0)),
+        }
+
+
+def held_out(log: Log, split: int = TEST, *, size: int = SIZE, seed: int = 0, random_only: bool = False) -> HeldOut:
+    """The frozen lists of a split. Raises DataError when no list of it holds a positive."""
+    requests, lists = evaluation_lists(log, split, size=size, seed=seed, random_only=random_only)
+    if not (lists.grade > 0).any():
+        raise DataError(f"log {log.schema.name}: no {SPLITS[split]} list has a positive: widen the split in log.toml")
+    return HeldOut(requests=requests, lists=lists)
+
+
+def measure(scores: np.ndarray, held: HeldOut, ks: Sequence[int] = KS) -> Row:
+    """Every metric of scores (L, n) with its interval over users.
+
+    Recall and NDCG rank the whole list; GAUC and AUC look at the impressions alone: does it tell what was taken from
+    what was shown?
+    """
+    lists, user = held.lists, held.requests.user
+    ranked = rank(scores, lists.grade, lists.mask)
+    columns = {f"{name}@{k}": METRICS[name](ranked, k) for k in ks for name in ("recall", "ndcg")}
+    shown = lists.stage == IMPRESSION
+    _, first, code = np.unique(user, return_index=True, return_inverse=True)
+    shown_by = np.repeat(code.ravel(), shown.sum(axis=1))
+    area, sizes = group_auc(scores[shown], lists.grade[shown] > 0, shown_by, len(first))
+    columns["gauc"], weight = np.full(len(user), np.nan), np.zeros(len(user))
+    columns["gauc"][first], weight[first] = area, sizes  # a user's area stands at the user's first list
+    return bootstrap(columns, user, {"gauc": weight})
+
+
+def baselines(log: Log, held: HeldOut) -> dict[str, np.ndarray]:
+    """Scores (L, n) of training popularity and of chance (a constant: ties take their expected value)."""
+    items = held.lists.item
+    return {"popularity": popularity(log)[items], "random": np.zeros(items.shape)}
+
+
+def score_records(head: HeadSpec, user: np.ndarray, item: np.ndarray, held: HeldOut) -> np.ndarray:
+    """Scores (L, n) float32 by the serving reference: user (L, Ru), item (I, Ri) records."""
+    rows = [score(head, record, item[items]) for record, items in zip(user, held.lists.item, strict=True)]
+    return np.stack(rows)
+
+
+def evaluate_checkpoint(run: Path, log: Log, **options: Any) -> dict[str, Any]:
+    """Report of a training run's best weights on a log; see `report`."""
+    from model.checkpoint import load_checkpoint
+    from model.scoring import score_network
+
+    network, spec, config = load_checkpoint(run)
+
+    def scorer(held: HeldOut) -> np.ndarray:
+        return score_network(network, encode_users(spec, log, held.requests), encode_items(spec, log), held.lists)
+
+    return report(log, spec, config["network"], scorer, **options)
+
+
+def evaluate_bundle(bundle: Path, log: Log, **options: Any) -> dict[str, Any]:
+    """Report of an exported bundle on a log, through ONNX Runtime and the serving head; see `report`."""
+    opened = open_bundle(bundle)
+
+    def scorer(held: HeldOut) -> np.ndarray:
+        user = opened.user_tower().embed(encode_users(opened.spec, log, held.requests))
+        item = opened.item_tower().embed(encode_items(opened.spec, log))
+        return score_records(opened.head, user, item, held)
+
+    return report(log, opened.spec, opened.manifest["network"]["name"], scorer, **options)
+
+
+def report(
+    log: Log,
+    spec: FeatureSpec,
+    name: str,
+    scorer: Callable[[HeldOut], np.ndarray],
+    *,
+    split: int = TEST,
+    size: int = SIZE,
+    seed: int = 0,
+    random_only: bool = False,
+    ks: Sequence[int] = KS,
+) -> dict[str, Any]:
+    """Metrics of a scorer, popularity and random on the same frozen lists, as plain JSON."""
+    if (spec.user_id_type, spec.item_id_type) != (log.users.id_type, log.items.id_type):
+        raise DataError(
+            f"log {log.schema.name} has {log.users.id_type} user ids and {log.items.id_type} item ids, the model was "
+            f"trained on {spec.user_id_type} and {spec.item_id_type}: convert the log"
+        )
+    held = held_out(log, split, size=size, seed=seed, random_only=random_only)
+    rows = {name: measure(scorer(held), held, ks)}
+    rows |= {row: measure(scores, held, ks) for row, scores in baselines(log, held).items()}
+    return {"log": log.schema.name, "split": SPLITS[split], "lists": held.describe(), "rows": rows_to_json(rows)}
+
+
+def rows_to_json(rows: dict[str, Row]) -> dict[str, dict[str, dict[str, float | int]]]:
+    """Intervals as numbers."""
+    return {name: {metric: value.to_json() for metric, value in row.items()} for name, row in rows.items()}

@@ -1,0 +1,450 @@
+"""Train a network on a log: one visible loop, a checkpoint and a JSON line an epoch, artefacts at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from model.checkpoint import (
+    build_network,
+    load_checkpoint,
+    load_state,
+    load_weights,
+    open_run,
+    read_json,
+    save_state,
+    save_weights,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from model.datasets.log import IMPRESSION, TEST, VALID, Log
+from model.errors import TrainError
+from model.evaluate import HeldOut, Row, baselines, held_out, measure, rows_to_json
+from model.features import UNKNOWN, FeatureSpec
+from model.losses import LOSSES, Hybrid, Labels
+from model.metrics import METRICS, Calibration, calibrate, rank
+from model.networks import Network
+from model.requests import encode_items, encode_users, fit_log_spec, request_body, user_features
+from model.sampling import SAMPLERS, Lists, Sampler, TrainingSet, training_set
+from model.scoring import score_network
+from model.teacher import Teacher, fit_teacher
+
+__all__ = ["Recipe", "load_checkpoint", "train"]
+
+WARMUP_REQUESTS = 50
+HELD_OUT_REQUESTS = 300
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]  # what is going on, steps done, steps in all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What distinguishes one training from another. The defaults were tuned on validation, see experiments/LOG.md."""
+
+    network: str = "ranktower"
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the network
+    loss: str = "hybrid"
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    sampler: str = "full"
+    sampler_options: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 1e-3
+    embedding_lr: float = 3e-3  # of embedding tables, whose rows see few steps each
+    weight_decay: float = 0.01
+    clip: float = 5.0  # largest gradient norm
+    average: float = 0.98  # decay per step of the averaged weights; 0: the last weights
+    epochs: int = 12
+    steps: int = 0  # of an epoch; 0: as many as it takes to see every list once
+    batch: int = 256  # lists of a step
+    patience: int = 3  # epochs without a better validation NDCG@10
+    unknown_users: float = 0.1  # share of user ids made unknown in training, so that new users have a trained row
+    unknown_items: float = 0.02
+    valid_lists: int = 3000  # lists scored after each epoch
+    teacher: bool = True  # False: no soft labels, for losses that do not distil
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """All that the loop reads, resident as arrays."""
+
+    data: TrainingSet
+    user_id: slice | None  # columns of `users` that hold the user's id
+    item_id: slice | None
+    users: np.ndarray  # (L, user width) int32, a row per training list
+    items: np.ndarray  # (I, item width) int32
+    valid: HeldOut
+    valid_users: np.ndarray  # (V, user width) int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner:
+    """What changes while training."""
+
+    network: Network
+    average: AveragedModel  # of the network's weights over the last steps: what is validated and kept
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The parts with weights, as the state file names them."""
+        return {"network": self.network, "average": self.average, "loss": self.loss}
+
+    @property
+    def best(self) -> Network:
+        """The network with averaged weights."""
+        averaged: Network = self.average.module
+        return averaged
+
+
+def train(
+    log: Log, out: Path, recipe: Recipe, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train by a recipe into the folder `out`; returns what metrics.json holds.
+
+    Stops early on validation NDCG@10. With `resume`, goes on from the last whole epoch in `out`, bit for bit as if it
+    had never stopped. Raises TrainError when `out` holds something else or the recipe does not fit.
+    """
+    say = progress or (lambda what, done, total: None)
+    _check(recipe)
+    spec = fit_log_spec(log)
+    learner = _set_up(recipe, spec, len(log.schema.rungs))
+    done = _start(out, recipe, spec, learner, resume)
+    teacher = _teacher(log, spec, recipe, out, resume, say)
+    material = _material(log, spec, teacher, recipe, say)
+    while done["epoch"] < recipe.epochs and done["epoch"] - done["best_epoch"] < recipe.patience:
+        line = _epoch(learner, material, recipe, done["epoch"] + 1, say)
+        done = _keep(out, learner, recipe, spec, done, line)
+        logger.info("%s", line)
+    load_weights(learner.best, out / "weights.safetensors")
+    return _finish(log, out, learner.best, material, teacher, done, say)
+
+
+# --- set-up ---------------------------------------------------------------------------------------------
+
+
+def _check(recipe: Recipe) -> None:
+    for kind, name, known in (("loss", recipe.loss, LOSSES), ("sampler", recipe.sampler, SAMPLERS)):
+        if name not in known:
+            raise TrainError(f"{kind} {name!r} is not known: use one of {', '.join(known)}")
+    for name in ("lr", "embedding_lr", "epochs", "batch", "patience", "valid_lists"):
+        if getattr(recipe, name) <= 0:
+            raise TrainError(f"{name} is {getattr(recipe, name)}: it must be above 0")
+    if recipe.device not in ("cpu", "cuda"):
+        raise TrainError(f"device is {recipe.device!r}: use cpu or cuda")
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise TrainError("device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+
+
+def make_sampler(recipe: Recipe) -> Sampler:
+    """The recipe's sampler; TrainError names an option that it does not take."""
+    try:
+        return SAMPLERS[recipe.sampler](**recipe.sampler_options)
+    except TypeError as error:
+        raise TrainError(f"sampler {recipe.sampler!r} does not take these options ({error})") from error
+
+
+def _set_up(recipe: Recipe, spec: FeatureSpec, grades: int) -> Learner:
+    """Seeded network and loss, and AdamW with the embedding tables in a group of their own, without decay."""
+    torch.manual_seed(recipe.seed)
+    network = build_network(recipe.network, spec, recipe.options).to(recipe.device)
+    try:
+        loss = LOSSES[recipe.loss](grades=grades, **recipe.loss_options).to(recipe.device)
+    except TypeError as error:
+        raise TrainError(f"loss {recipe.loss!r} does not take these options ({error})") from error
+    tables = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    parameters = [*network.parameters(), *loss.parameters()]
+    rest, embeddings = ([p for p in parameters if (id(p) in tables) == wanted] for wanted in (False, True))
+    groups = [
+        {"params": rest, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"params": embeddings, "lr": recipe.embedding_lr, "weight_decay": 0.0},
+    ]
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+    return Learner(network=network, average=average, loss=loss, optimizer=torch.optim.AdamW(groups))
+
+
+def _start(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, resume: bool) -> dict[str, Any]:
+    """Open the folder, fresh or resumed; returns the progress so far."""
+    now = _config(recipe, spec, learner.network)
+    if not resume:
+        open_run(out)
+        spec.save(out / "spec.json")
+        write_json(out / "config.json", now)
+        return {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0}
+    before = read_json(out / "config.json")
+    for key in sorted(now.keys() - {"head", "epochs", "patience", "device"}):
+        if before.get(key) != now[key]:
+            raise TrainError(f"{out} was trained with {key} {before.get(key)}, this run asks {now[key]}: give the same")
+    progress = load_state(out, learner.modules, learner.optimizer)
+    _cut_lines(out / "epochs.jsonl", progress["epoch"])
+    return progress
+
+
+def _config(recipe: Recipe, spec: FeatureSpec, network: Network) -> dict[str, Any]:
+    values = json.loads(json.dumps(asdict(recipe)))
+    return {**values, "spec_id": spec.id, "head": network.head().to_json()}
+
+
+def _cut_lines(path: Path, epochs: int) -> None:
+    """Drop the lines of epochs whose state was never written."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    write_text(path, "".join(line + "\n" for line in lines[:epochs]))
+
+
+def _teacher(log: Log, spec: FeatureSpec, recipe: Recipe, out: Path, resume: bool, say: Progress) -> Teacher | None:
+    """The soft labels: of the run when it is resumed, else fitted and kept."""
+    path = out / "teacher.safetensors"
+    if not recipe.teacher:
+        return None
+    if resume and path.is_file():
+        kept = load_file(path)
+        auc = dict(zip(log.schema.rungs, kept["auc"].tolist(), strict=True))
+        return Teacher(soft=kept["soft"], auc=auc, logged=log.teacher is not None)
+    stages = len(log.schema.rungs) + 1
+    seen: list[str] = []
+
+    def forward(what: str) -> None:
+        seen.append(what)
+        say(f"teacher: {what}", len(seen) - 1, stages)
+
+    teacher = fit_teacher(log, spec, seed=recipe.seed, progress=forward)
+    say("teacher", stages, stages)
+    quality = np.array([teacher.auc[rung] for rung in log.schema.rungs])
+    write_tensors(path, {"soft": torch.from_numpy(teacher.soft), "auc": torch.from_numpy(quality)}, {})
+    return teacher
+
+
+def _material(log: Log, spec: FeatureSpec, teacher: Teacher | None, recipe: Recipe, say: Progress) -> Material:
+    """Encode everything once."""
+    say("lists", 0, 3)
+    data = training_set(log, None if teacher is None else teacher.soft, seed=recipe.seed)
+    if not len(data):
+        raise TrainError(
+            f"log {log.schema.name}: no training list has a positive: check the feedback columns in log.toml"
+        )
+    say("lists", 1, 3)
+    valid = held_out(log, VALID)
+    if len(valid.lists) > recipe.valid_lists:
+        chosen = np.random.default_rng(0).choice(len(valid.lists), recipe.valid_lists, replace=False)
+        valid = valid.take(np.sort(chosen))
+    say("lists", 2, 3)
+    users, valid_users = (encode_users(spec, log, part) for part in (data.requests, valid.requests))
+    say("lists", 3, 3)
+    return Material(
+        data=data,
+        user_id=spec.columns("user").get(spec.user_id_name),
+        item_id=spec.columns("item").get(spec.item_id_name),
+        users=users,
+        items=encode_items(spec, log),
+        valid=valid,
+        valid_users=valid_users,
+    )
+
+
+# --- the loop -------------------------------------------------------------------------------------------
+
+
+def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say: Progress) -> dict[str, Any]:
+    """One epoch and its validation; everything random in it depends on (seed, epoch) alone."""
+    began = time.perf_counter()
+    torch.manual_seed(recipe.seed * 100_003 + epoch)
+    rng = np.random.default_rng([recipe.seed, epoch])
+    sampler = make_sampler(recipe)
+    learner.network.train()
+    total, lists, entries = 0.0, 0, 0
+    steps = list(_batches(len(material.data), recipe, rng))
+    for step, rows in enumerate(steps):
+        say(f"epoch {epoch}", step, len(steps))
+        batch = sampler.draw(material.data, rows, rng)
+        scores, labels, mask = _forward(learner.network, material, recipe, rows, batch, rng)
+        loss = learner.loss(scores, labels, mask)
+        _step(learner, loss, recipe.clip)
+        total, lists, entries = total + float(loss.detach()) * len(rows), lists + len(rows), entries + int(mask.sum())
+    seconds = time.perf_counter() - began
+    valid = _validate(learner.best, material)
+    say(f"epoch {epoch}", len(steps), len(steps))
+    return {
+        "epoch": epoch,
+        "loss": round(total / lists, 6),
+        **_terms(learner.loss, scores, labels, mask),
+        **valid,
+        "scale": round(learner.best.head().scale, 4),
+        "seconds": round(seconds, 3),
+        "lists_per_s": round(lists / seconds, 1),
+        "samples_per_s": round(entries / seconds, 1),
+    }
+
+
+def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Shuffled rows of the training lists, a batch at a time; a fixed number of steps repeats the shuffle as needed."""
+    every = -(-count // recipe.batch)
+    steps = recipe.steps or every
+    for _ in range(-(-steps // every)):
+        order = rng.permutation(count)
+        for at in range(0, count, recipe.batch)[:steps]:
+            yield order[at : at + recipe.batch]
+        steps -= every
+
+
+def _forward(
+    network: Network, material: Material, recipe: Recipe, rows: np.ndarray, batch: Lists, rng: np.random.Generator
+) -> tuple[Tensor, Labels, Tensor]:
+    """Scores (b, n), labels and mask of a batch; the item tower runs once per distinct item."""
+    device = recipe.device
+    distinct, place = np.unique(batch.item, return_inverse=True)
+    users = _with_unknowns(material.users[rows], material.user_id, recipe.unknown_users, rng)
+    items = _with_unknowns(material.items[distinct], material.item_id, recipe.unknown_items, rng)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        user = network.user(torch.from_numpy(users).to(device))
+        item = network.item(torch.from_numpy(items).to(device))
+    chosen = torch.from_numpy(place.reshape(batch.item.shape)).to(device)
+    scores = network.score(user, functional.embedding(chosen, item))
+    labels = Labels(
+        grade=torch.from_numpy(batch.grade.astype(np.float32)).to(device),
+        soft=torch.from_numpy(batch.soft).to(device),
+        impression=torch.from_numpy(batch.stage == IMPRESSION).to(device),
+    )
+    return scores, labels, torch.from_numpy(batch.mask).to(device)
+
+
+def _with_unknowns(rows: np.ndarray, column: slice | None, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Rows (m, width) in which a share of the ids reads UNKNOWN, so that ids never seen have a trained row."""
+    if column is None or share == 0.0:
+        return rows
+    changed = rows.copy()
+    changed[rng.random(len(rows)) < share, column] = UNKNOWN
+    return changed
+
+
+def _step(learner: Learner, loss: Tensor, clip: float) -> None:
+    if not torch.isfinite(loss):
+        raise TrainError(f"the loss became {float(loss.detach())}: lower the learning rate")
+    learner.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(learner.network.parameters(), clip)
+    learner.optimizer.step()
+    learner.average.update_parameters(learner.network)
+
+
+def _terms(loss: nn.Module, scores: Tensor, labels: Labels, mask: Tensor) -> dict[str, Any]:
+    """The hybrid's terms on the last batch, unweighted."""
+    if not isinstance(loss, Hybrid):
+        return {}
+    with torch.no_grad():
+        costs = loss.costs(scores, labels, mask).tolist()
+    return {"terms": {name: round(cost, 5) for name, cost in zip(loss.weights, costs, strict=True)}}
+
+
+def _validate(network: Network, material: Material) -> dict[str, float]:
+    """NDCG and Recall on the full-stage validation lists."""
+    held = material.valid
+    scores = score_network(network, material.valid_users, material.items, held.lists)
+    ranked = rank(scores, held.lists.grade, held.lists.mask)
+    wanted = (("ndcg", 10), ("recall", 10), ("recall", 50))
+    return {f"{name}@{k}": round(float(np.nanmean(METRICS[name](ranked, k))), 6) for name, k in wanted}
+
+
+def _keep(
+    out: Path, learner: Learner, recipe: Recipe, spec: FeatureSpec, done: dict[str, Any], line: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the epoch: weights if they are the best so far, its line, and last the state that a resume trusts."""
+    better = line["ndcg@10"] > done["best"]
+    if better:
+        save_weights(learner.best, out / "weights.safetensors")
+        write_json(out / "config.json", _config(recipe, spec, learner.best))
+    with (out / "epochs.jsonl").open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+    progress = {
+        "epoch": line["epoch"],
+        "best_epoch": line["epoch"] if better else done["best_epoch"],
+        "best": line["ndcg@10"] if better else done["best"],
+        "seconds": round(done["seconds"] + line["seconds"], 3),
+    }
+    save_state(out, learner.modules, learner.optimizer, progress)
+    return progress
+
+
+# --- artefacts ------------------------------------------------------------------------------------------
+
+
+def _finish(
+    log: Log,
+    out: Path,
+    network: Network,
+    material: Material,
+    teacher: Teacher | None,
+    done: dict[str, Any],
+    say: Progress,
+) -> dict[str, Any]:
+    """Test metrics, calibration and sample requests of the best weights."""
+    say("test", 0, 1)
+    spec = FeatureSpec.load(out / "spec.json")
+    test = held_out(log, TEST)
+    scores = score_network(network, encode_users(spec, log, test.requests), material.items, test.lists)
+    rows: dict[str, Row] = {"model": measure(scores, test)}
+    rows |= {name: measure(values, test) for name, values in baselines(log, test).items()}
+    fitted = _calibration(network, material)
+    metrics = {
+        **rows_to_json(rows),
+        "lists": test.describe(),
+        "best_epoch": done["best_epoch"],
+        "valid_ndcg@10": done["best"],
+        "train_seconds": done["seconds"],
+        "teacher": None if teacher is None else teacher.to_json(),
+        "calibration": {"a": fitted.a, "b": fitted.b},
+        "calibration_error": fitted.ece,
+        "log": {"name": log.schema.name, **log.report},
+    }
+    write_json(out / "warmup.json", _warmup(log, material.valid))
+    write_json(out / "heldout.json", _held_out_requests(log, test))
+    write_json(out / "metrics.json", metrics)
+    say("test", 1, 1)
+    return metrics
+
+
+def _calibration(network: Network, material: Material) -> Calibration:
+    """Platt's line from score to the chance that a shown item is taken, on validation impressions."""
+    held = material.valid
+    scores = score_network(network, material.valid_users, material.items, held.lists)
+    shown = held.lists.stage == IMPRESSION
+    return calibrate(scores[shown], held.lists.grade[shown] > 0)
+
+
+def _warmup(log: Log, held: HeldOut) -> list[dict[str, Any]]:
+    """Real request bodies: every other one sends the user's features in place of the id."""
+    chosen = np.random.default_rng(0).permutation(len(held.lists))[:WARMUP_REQUESTS]
+    bodies = []
+    for place, row in enumerate(chosen.tolist()):
+        body = request_body(log, held.requests, row, held.lists.item[row][held.lists.mask[row]])
+        if place % 2:
+            del body["user_id"]
+            body["user"] = user_features(log, held.requests.user[row])
+        bodies.append(body)
+    return bodies
+
+
+def _held_out_requests(log: Log, held: HeldOut) -> list[dict[str, Any]]:
+    """Test lists with a positive as bodies, shuffled candidates beside their grades."""
+    rng = np.random.default_rng(0)
+    positive = np.flatnonzero((held.lists.grade > 0).any(axis=1))
+    requests = []
+    for row in np.sort(rng.permutation(positive)[:HELD_OUT_REQUESTS]).tolist():
+        order = rng.permutation(np.flatnonzero(held.lists.mask[row]))
+        body = request_body(log, held.requests, row, held.lists.item[row][order])
+        requests.append({"request": body, "grades": held.lists.grade[row][order].tolist()})
+    return requests

@@ -1,0 +1,1 @@
+"""Embed the catalogue, publish releases, open them on replicas."""

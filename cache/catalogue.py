@@ -1,0 +1,97 @@
+"""Read a catalogue: items in Parquet, of any number -> blocks of ids and encoded features, checked as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from model.datasets.columns import Source, as_objects, open_source, read_unique_ids
+from model.datasets.events import read_field
+from model.datasets.schema import nearest
+from model.errors import DataError, FeatureError
+from model.features import Column, FeatureSpec
+
+BLOCK_ROWS = 32_768  # items in memory at a time
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items in a Parquet file, their ids known to be distinct; the features are read in blocks."""
+
+    path: Path
+    spec: FeatureSpec
+    ids: pa.Array
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
+        """Ids (b,) and encoded features (b, item width). Raises DataError naming file, column, row and remedy."""
+        fields = self.spec.item_fields
+        names = list(dict.fromkeys(field.name for field in fields))
+        with pq.ParquetFile(self.path) as file:
+            start = 0
+            for batch in _resized(file, names):
+                block = _Block(self.path, batch, start)
+                columns: dict[str, Column] = {field.name: read_field(block, field) for field in fields}
+                ids = as_objects(self.ids.slice(start, len(block)))
+                yield ids, self._encode(columns, len(block))
+                start += len(block)
+
+    def _encode(self, columns: dict[str, Column], count: int) -> NDArray[np.int32]:
+        try:
+            return self.spec.encode("item", columns, count)
+        except FeatureError as error:
+            raise DataError(f"{self.path}: column {error.field!r}: {error.detail}") from error
+
+
+@dataclass(frozen=True)
+class _Block(Source):
+    """Some rows of a file, that count from its beginning in errors."""
+
+    start: int = 0
+
+    def wrong(self, name: str, row: int, problem: str) -> DataError:
+        return super().wrong(name, self.start + row, problem)
+
+
+def open_catalogue(path: Path, spec: FeatureSpec, id_column: str | None = None) -> Catalogue:
+    """Check columns and ids of an items file. Raises DataError naming file, column, row and remedy."""
+    name = id_column or spec.item_id_name
+    ids = read_unique_ids(open_source(path, [name], wanted_by="--id-column" if id_column else "the bundle"), name)
+    found = "int" if pa.types.is_integer(ids.type) else "string"
+    if found != spec.item_id_type:
+        raise DataError(
+            f"{path}: column {name!r} holds {found} ids, the bundle was trained with {spec.item_id_type} ids: "
+            "write the type that the log had"
+        )
+    known = pq.read_schema(path).names
+    for wanted in spec.item_fields:
+        if wanted.name not in known:
+            raise DataError(
+                f"{path} has no column {wanted.name!r}, which the bundle reads: {nearest(wanted.name, known)}"
+            )
+    return Catalogue(path, spec, ids)
+
+
+def _resized(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.Table]:
+    """Tables of BLOCK_ROWS rows (the last one less), however the file is cut into row groups."""
+    waiting: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=names):
+        waiting.append(batch)
+        rows += batch.num_rows
+        if rows >= BLOCK_ROWS:
+            whole = pa.Table.from_batches(waiting)
+            yield whole.slice(0, BLOCK_ROWS)
+            waiting = whole.slice(BLOCK_ROWS).to_batches()
+            rows -= BLOCK_ROWS
+    if rows:
+        yield pa.Table.from_batches(waiting)

@@ -1,0 +1,298 @@
+"""Releases in a folder, for one machine or a shared disk: no server needed, and what is published is served in place.
+
+current                        {"current": id, "previous": [newest first]}, replaced by one rename
+releases/<id>/...              complete releases; a publisher renames them into place
+users/<spec id>/<version>/...  user tables; users/<spec id>/current names the version
+tmp/<name>, tmp/<name>.lock    a publisher at work; the lock is free once it is dead
+.lock                          held for every change of what readers see
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import unquote
+
+from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
+from cache.errors import StoreError, UnknownRelease
+from cache.release import (
+    NAME,
+    RELEASE,
+    USER_TABLE,
+    Artifact,
+    Progress,
+    check_chunk,
+    check_sizes,
+    no_progress,
+    read_chunks,
+    read_release,
+    read_users,
+    seal_users,
+    verify_files,
+)
+from cache.store import HISTORY, POLL_S, Names, ReleaseInfo, ReleaseInfos
+
+REMEDIES = {
+    errno.ENOSPC: "free space, for example with `ranktower releases prune`",
+    errno.EACCES: "give this user the right to read and write there",
+    errno.EROFS: "the disk is read-only: publish from where it can be written",
+}
+
+
+class FileStore:
+    """The store behind file://./relative and file:///absolute."""
+
+    def __init__(self, url: str) -> None:
+        place = unquote(url.removeprefix("file://"))
+        if not url.startswith("file://") or not place or "?" in place:
+            raise StoreError(f"{url}: write file://./folder or file:///folder")
+        self.url = url
+        self.root = Path(place).expanduser()
+        self._verified: set[Path] = set()
+
+    # --- releases
+
+    def publish(self, folder: Path, progress: Progress = no_progress) -> str:
+        release = read_release(folder)
+        target = self.root / "releases" / release.id
+        with self._disk():
+            if _is_whole(target, release):
+                return release.id
+            with self._workplace(release.id) as temporary:
+                _copy(folder, temporary, release, progress)
+                shutil.copyfile(folder / RELEASE, temporary / RELEASE)
+                sync_tree(temporary)
+                verify_files(temporary, release, progress)  # read back
+                self._put(temporary, target, release)
+        return release.id
+
+    def activate(self, release_id: str) -> None:
+        with self._disk(), self._changing():
+            release = read_release(self._folder(release_id))
+            check_sizes(self._folder(release_id), release)
+            current, previous = self._pointer()
+            if current != release_id:
+                kept = [name for name in (current, *previous) if name is not None]
+                self._point(release_id, kept[:HISTORY])
+
+    def current(self) -> str | None:
+        with self._disk():
+            return self._pointer()[0]
+
+    def list(self) -> ReleaseInfos:
+        with self._disk():
+            current = self._pointer()[0]
+            return [ReleaseInfo.of(read_release(self.root / "releases" / name), current) for name in self._names()]
+
+    def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
+        """Served in place: `cache_dir` is not used."""
+        with self._disk():
+            folder = self._folder(release_id)
+            if folder not in self._verified:
+                release = read_release(folder)
+                if release.id != release_id:
+                    raise StoreError(f"{folder} holds release {release.id}: publish {release_id} again")
+                verify_files(folder, release, progress)
+                self._verified.add(folder)
+            return folder
+
+    def rollback(self) -> str:
+        with self._disk(), self._changing():
+            current, previous = self._pointer()
+            alive = [name for name in previous if name in self._names()]
+            if not alive:
+                raise StoreError(
+                    f"{self.url}: nothing was current before {current}: choose with `ranktower releases activate`"
+                )
+            self._point(alive[0], alive[1:])
+            return alive[0]
+
+    def prune(self, keep: int) -> Names:
+        if keep < 1:
+            raise StoreError(f"prune keeps {keep} releases: keep at least 1")
+        with self._disk(), self._changing():
+            current, names = self._pointer()[0], self._names()
+            doomed = [name for name in names[:-keep] if name != current]
+            for name in doomed:  # gone from sight at once, whatever happens to the deletion
+                os.replace(self._folder(name), self.root / "tmp" / f"{name}.{uuid.uuid4().hex[:8]}")
+            return sorted({*doomed, *self._sweep()})
+
+    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            current = self.current()
+            left = deadline - time.monotonic()
+            if current != seen or left <= 0:
+                return current
+            time.sleep(min(POLL_S, left))
+
+    # --- users
+
+    def publish_users(self, path: Path, progress: Progress = no_progress) -> str:
+        with self._disk(), self._workplace("users") as temporary:
+            shutil.copyfile(path, temporary / USER_TABLE)
+            table = seal_users(temporary)
+            sync_tree(temporary)
+            verify_files(temporary, table, progress)
+            home = self._home(table.spec_id)
+            home.mkdir(parents=True, exist_ok=True)
+            self._put(temporary, home / table.id, table)
+            with self._changing():
+                write_durably(home / "current", table.id.encode())
+                for other in home.iterdir():
+                    if NAME.fullmatch(other.name) and other.name != table.id:
+                        shutil.rmtree(other)
+        return table.id
+
+    def users_version(self, spec_id: str) -> str | None:
+        pointer = self._home(spec_id) / "current"
+        with self._disk():
+            return pointer.read_text() if pointer.is_file() else None
+
+    def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
+        """Served in place: `cache_dir` is not used."""
+        version = self.users_version(spec_id)
+        if version is None:
+            return None
+        folder = self._home(spec_id) / version
+        with self._disk():
+            if folder not in self._verified:
+                verify_files(folder, read_users(folder), progress)
+                self._verified.add(folder)
+        return folder / USER_TABLE
+
+    def delete_users(self, spec_id: str) -> None:
+        home = self._home(spec_id)
+        if home.exists():
+            with self._disk(), self._changing():
+                (home / "current").unlink(missing_ok=True)
+                shutil.rmtree(home)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    # --- places
+
+    def _home(self, spec_id: str) -> Path:
+        if not spec_id.isalnum():
+            raise StoreError(f"{spec_id!r} is not the id of a feature specification")
+        return self.root / "users" / spec_id
+
+    def _names(self) -> Names:
+        folder = self.root / "releases"
+        return sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name)) if folder.is_dir() else []
+
+    def _folder(self, release_id: str) -> Path:
+        names = self._names()
+        if release_id not in names:
+            held = ", ".join(names[-5:]) or "nothing"
+            raise UnknownRelease(f"{self.url} holds no release {release_id}, but {held}: see `ranktower releases list`")
+        return self.root / "releases" / release_id
+
+    def _pointer(self) -> tuple[str | None, Names]:
+        try:
+            pointer = json.loads((self.root / "current").read_bytes())
+            return pointer["current"], list(pointer["previous"])
+        except FileNotFoundError:
+            return None, []
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{self.root / 'current'} cannot be read ({error!r}): delete it and activate a release again"
+            ) from error
+
+    def _point(self, current: str, previous: Names) -> None:
+        write_durably(self.root / "current", json.dumps({"current": current, "previous": previous}).encode())
+
+    # --- changes
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Turn errors of the disk into ones that say where and what to do."""
+        try:
+            yield
+        except OSError as error:
+            remedy = REMEDIES.get(error.errno or 0, "check the disk and try again")
+            raise StoreError(f"{self.url}: {error.filename or ''} {error.strerror or error}: {remedy}") from error
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        (self.root / "tmp").mkdir(parents=True, exist_ok=True)
+        with locked(self.root / ".lock"):
+            yield
+
+    @contextmanager
+    def _workplace(self, name: str) -> Iterator[Path]:
+        """A folder to fill; its lock tells `prune` that somebody is at work."""
+        temporary = self.root / "tmp" / f"{name}.{uuid.uuid4().hex[:8]}"
+        lock = _lock_of(temporary)
+        with ExitStack() as held:
+            with self._changing():  # else prune could take the lock between its making and its locking
+                held.enter_context(locked(lock))
+            temporary.mkdir()
+            try:
+                yield temporary
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+
+    def _put(self, temporary: Path, target: Path, artifact: Artifact) -> None:
+        """Move a complete folder into place, unless an equal one came first; a damaged one that had the name goes."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        damaged = temporary.with_name(f"{temporary.name}.damaged")
+        with self._changing():
+            if _is_whole(target, artifact):
+                return
+            if target.exists():
+                os.replace(target, damaged)
+            self._verified.discard(target)
+            rename_durably(temporary, target)
+        if damaged.exists():
+            shutil.rmtree(damaged)
+
+    def _sweep(self) -> Names:
+        """Delete what pruning and dead publishers left in tmp; returns the names of their releases."""
+        swept = []
+        for path in {
+            path.with_suffix("") if path.suffix == ".lock" else path for path in (self.root / "tmp").iterdir()
+        }:
+            with locked_now(_lock_of(path)) as dead:
+                if dead:
+                    swept.append(path.name.split(".")[0])
+                    if path.exists():
+                        shutil.rmtree(path)
+                    _lock_of(path).unlink()
+        return swept
+
+
+def _lock_of(workplace: Path) -> Path:
+    return workplace.with_name(f"{workplace.name}.lock")
+
+
+def _is_whole(folder: Path, artifact: Artifact) -> bool:
+    try:
+        verify_files(folder, artifact)
+    except StoreError:
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path, artifact: Artifact, progress: Progress) -> None:
+    """Copy the files that the manifest names, checking every chunk on the way."""
+    done = 0
+    check_sizes(source, artifact)
+    for file in artifact.files:
+        (target / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (target / file.path).touch()
+    for chunk, content in read_chunks(source, artifact.chunks()):
+        check_chunk(artifact, chunk, content, str(source))
+        with (target / chunk.path).open("ab") as stream:
+            stream.write(content)
+        done += chunk.size
+        progress("publish", done, artifact.size_bytes)

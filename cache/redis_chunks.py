@@ -1,0 +1,210 @@
+"""Move the chunks of an artifact to Redis and back: pipelines of a few chunks, every hash checked on both ways.
+
+A publisher holds a lease while it writes and renews it with every batch: who holds none and left no manifest is dead,
+and its chunks may go. What it left is used by the next one that publishes the same artifact.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from redis.exceptions import RedisError
+from redis.lock import Lock
+
+from cache.durable import locked, rename_durably, sync_tree
+from cache.errors import StoreError
+from cache.release import Artifact, Chunk, Progress, check_chunk, check_sizes, read_chunks, sha256, verify_files
+
+BATCH = 4  # chunks in flight: 8 MB on either side
+
+COMMIT = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+return 1
+"""
+
+log = logging.getLogger(__name__)
+
+
+class Manifest(NamedTuple):
+    """Where a manifest goes once all chunks are in place: a field of a hash, or a file of a folder."""
+
+    place: str
+    field: str
+    content: bytes
+
+
+class Chunks:
+    """The chunks below `prefix` in one Redis. `client` is a redis.Redis (whose annotations also mean the async one)."""
+
+    def __init__(self, client: Any, prefix: str, url: str, lease_s: float) -> None:
+        self._client, self._prefix, self._url, self._lease_s = client, prefix, url, lease_s
+
+    def missing(self, base: str, artifact: Artifact) -> list[Chunk]:
+        """Chunks that are not there, or of another size."""
+        chunks = list(artifact.chunks())
+        sizes = self.pipelined("STRLEN", [self.key(base, chunk) for chunk in chunks])
+        return [chunk for chunk, size in zip(chunks, sizes, strict=True) if size != chunk.size]
+
+    def upload(self, base: str, folder: Path, artifact: Artifact, manifest: Manifest, progress: Progress) -> None:
+        """Send the chunks that are missing, read all back, then write the manifest if the lease is still ours."""
+        check_sizes(folder, artifact)
+        with self.lease(artifact.id) as lease:
+            wanted = self._wanted(base, artifact, lease)
+            done = artifact.size_bytes - sum(chunk.size for chunk in wanted)
+            for batch in _batches(read_chunks(folder, wanted)):
+                self._send(base, folder, artifact, batch)
+                lease.reacquire()
+                done += sum(chunk.size for chunk, _ in batch)
+                progress("publish", done, artifact.size_bytes)
+            for _ in self._receive(base, artifact, wanted, progress):  # read back
+                lease.reacquire()
+            keys = [self._lease_name(artifact.id), manifest.place]
+            if not self._client.eval(COMMIT, len(keys), *keys, lease.local.token, manifest.field, manifest.content):
+                raise StoreError(f"{self._url}: the lease of {artifact.id} ran out: publish again")
+
+    def _wanted(self, base: str, artifact: Artifact, lease: Lock) -> list[Chunk]:
+        """Chunks that are not there, or not as they should be."""
+        wanted = set(self.missing(base, artifact))
+        for chunk, content in self._fetch(base, [chunk for chunk in artifact.chunks() if chunk not in wanted]):
+            if sha256(content or b"") != chunk.sha256:
+                wanted.add(chunk)
+            lease.reacquire()
+        return [chunk for chunk in artifact.chunks() if chunk in wanted]
+
+    def download(self, base: str, artifact: Artifact, target: Path, raw: tuple[str, bytes], progress: Progress) -> None:
+        """Fill the folder `target`, once for all processes of this machine; what a cut left is used.
+
+        `raw` is the name and content of the manifest's file. A target that is there already is verified, not fetched.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.with_name(f".{target.name}.lock")):
+            if _is_whole(target, artifact):
+                return
+            shutil.rmtree(target, ignore_errors=True)
+            partial = target.with_name(f".{target.name}.partial")
+            for chunk, content in self._receive(base, artifact, _prepare(partial, artifact), progress):
+                _write(partial / chunk.path, chunk, content)
+            (partial / raw[0]).write_bytes(raw[1])
+            sync_tree(partial)
+            rename_durably(partial, target)
+
+    def delete(self, base: str, artifact: Artifact) -> None:
+        self.pipelined("UNLINK", [self.key(base, chunk) for chunk in artifact.chunks()])
+
+    def names(self, kind: str) -> dict[str, list[str]]:
+        """Keys of all chunks of a kind, by the artifact that they belong to."""
+        start = f"{self._prefix}:{kind}:"
+        found: dict[str, list[str]] = {}
+        for raw in self._client.scan_iter(match=f"{start}*", count=1000):
+            key: str = raw.decode()
+            found.setdefault(key[len(start) :].split(":")[0], []).append(key)
+        return found
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[Lock]:
+        """The right to write the chunks of that name, for a while; waits until nobody else has it."""
+        lease = self._lock(name)
+        lease.acquire()
+        try:
+            yield lease
+        finally:
+            self._release(lease)
+
+    @contextmanager
+    def lease_now(self, name: str) -> Iterator[bool]:
+        """The same without waiting: yields whether it could be had."""
+        lease = self._lock(name)
+        had = bool(lease.acquire(blocking=False))
+        try:
+            yield had
+        finally:
+            if had:
+                self._release(lease)
+
+    def _lock(self, name: str) -> Lock:
+        return Lock(self._client, self._lease_name(name), timeout=self._lease_s, thread_local=False)
+
+    def _release(self, lease: Lock) -> None:
+        """Give a lease back. One that ran out meanwhile is no error here: the commit has looked at it."""
+        try:
+            lease.release()
+        except RedisError as error:
+            log.warning("%s: a lease was not given back (%s): it runs out by itself", self._url, error)
+
+    def pipelined(self, command: str, keys: Iterable[str]) -> list[Any]:
+        """One command for each key, in one round trip."""
+        pipeline = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.execute_command(command, key)
+        return list(pipeline.execute())
+
+    def key(self, base: str, chunk: Chunk) -> str:
+        return f"{self._prefix}:{base}:{chunk.path}:{chunk.number}"
+
+    def _lease_name(self, name: str) -> str:
+        return f"{{{self._prefix}}}:publishing:{name}"
+
+    def _send(self, base: str, folder: Path, artifact: Artifact, batch: list[tuple[Chunk, bytes]]) -> None:
+        pipeline = self._client.pipeline(transaction=False)
+        for chunk, content in batch:
+            check_chunk(artifact, chunk, content, str(folder))
+            pipeline.set(self.key(base, chunk), content)
+        pipeline.execute()
+
+    def _receive(
+        self, base: str, artifact: Artifact, chunks: list[Chunk], progress: Progress
+    ) -> Iterator[tuple[Chunk, bytes]]:
+        """Chunks with their bytes, every hash checked."""
+        done = artifact.size_bytes - sum(chunk.size for chunk in chunks)
+        for chunk, content in self._fetch(base, chunks):
+            yield chunk, check_chunk(artifact, chunk, content, self._url)
+            done += chunk.size
+            progress("verify", done, artifact.size_bytes)
+
+    def _fetch(self, base: str, chunks: list[Chunk]) -> Iterator[tuple[Chunk, bytes | None]]:
+        for batch in _batches(chunks):
+            yield from zip(batch, self.pipelined("GET", [self.key(base, chunk) for chunk in batch]), strict=True)
+
+
+def _is_whole(folder: Path, artifact: Artifact) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        verify_files(folder, artifact)
+    except StoreError as error:
+        log.warning("%s: fetching it again", error)
+        return False
+    return True
+
+
+def _prepare(partial: Path, artifact: Artifact) -> list[Chunk]:
+    """Make files of full size, holes where nothing was fetched yet; returns the chunks that are still wanted."""
+    fresh = not partial.exists()
+    for file in artifact.files:
+        path = partial / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as stream:
+            stream.truncate(file.size)
+    if fresh:
+        return list(artifact.chunks())
+    found = read_chunks(partial, artifact.chunks())
+    return [chunk for chunk, content in found if sha256(content) != chunk.sha256]
+
+
+def _write(path: Path, chunk: Chunk, content: bytes) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(chunk.offset)
+        stream.write(content)
+
+
+def _batches(values: Iterable[Any]) -> Iterator[list[Any]]:
+    left = iter(values)
+    while batch := list(islice(left, BATCH)):
+        yield batch

@@ -1,0 +1,357 @@
+"""Releases in Redis, for replicas that know nothing but a URL: chunks under versioned names, the manifest written last.
+
+    {prefix}:releases                    hash: release id -> manifest; a release exists once its manifest does
+    {prefix}:current, {prefix}:previous  the release in use; a list of those before it, newest first
+    {prefix}:users                       hash: spec id -> manifest of its user table
+    {prefix}:publishing:<id>             lease of a publisher at work, renewed with every batch of chunks
+    {prefix}:notices                     channel: a message for every change of `current`
+    prefix:release:<id>:<file>:<n>       chunks of 2 MiB; prefix:users:<version>:<file>:<n> likewise
+
+The braces are part of the names: they keep what a script changes together in one hash slot, while the chunks spread.
+Only scripts change `current` and the manifests of releases.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from redis import Redis
+from redis import exceptions as failures
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from cache.errors import StoreError, UnknownRelease
+from cache.redis_chunks import Chunks, Manifest
+from cache.release import (
+    NAME,
+    RELEASE,
+    USER_TABLE,
+    USERS,
+    Progress,
+    Release,
+    UserTable,
+    no_progress,
+    parse_release,
+    parse_users,
+    read_release,
+    seal_users,
+)
+from cache.store import HISTORY, Names, ReleaseInfo, ReleaseInfos
+
+PREFIX = "ranktower"
+TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
+LEASE_S = 30.0  # a publisher that has written nothing for so long is dead
+POLL_S = 1.0  # how often a waiting reader looks, should a notice be lost
+REMEDIES: tuple[tuple[type[RedisError], str], ...] = (  # the first that fits
+    (failures.AuthenticationError, "check user and password in the URL"),
+    (failures.NoPermissionError, "give this user the commands and keys of the prefix"),
+    (failures.OutOfMemoryError, "free memory with `ranktower releases prune --keep 1` or raise maxmemory"),
+    (failures.ReadOnlyError, "this is a replica: publish to the primary"),
+    (failures.BusyLoadingError, "it is loading its data: try again soon"),
+    (failures.LockError, "another publisher took over: publish again"),
+    (failures.TimeoutError, "it does not answer in time: check its load and the network"),
+    (failures.ConnectionError, "check that redis-server runs there and that the URL is right"),
+    (RedisError, "check the server's log"),
+)
+
+ACTIVATE = """
+if redis.call('HEXISTS', KEYS[3], ARGV[1]) == 0 then return 0 end
+local old = redis.call('GET', KEYS[1])
+if old == ARGV[1] then return 1 end
+if old then
+  redis.call('LPUSH', KEYS[2], old)
+  redis.call('LTRIM', KEYS[2], 0, ARGV[2] - 1)
+end
+redis.call('SET', KEYS[1], ARGV[1])
+redis.call('PUBLISH', KEYS[4], ARGV[1])
+return 1
+"""
+ROLLBACK = """
+local id = redis.call('LPOP', KEYS[2])
+while id and redis.call('HEXISTS', KEYS[3], id) == 0 do id = redis.call('LPOP', KEYS[2]) end
+if not id then return false end
+redis.call('SET', KEYS[1], id)
+redis.call('PUBLISH', KEYS[4], id)
+return id
+"""
+PRUNE = """
+local ids = redis.call('HKEYS', KEYS[3])
+local current = redis.call('GET', KEYS[1])
+table.sort(ids)
+local doomed = {}
+for place = 1, #ids - ARGV[1] do
+  if ids[place] ~= current then
+    table.insert(doomed, ids[place])
+    redis.call('HDEL', KEYS[3], ids[place])
+  end
+end
+return doomed
+"""
+
+Pause = Callable[[float], Any]
+
+log = logging.getLogger(__name__)
+
+
+class RedisStore:
+    """The store behind redis://[user:password@]host[:port][/db][?prefix=name]."""
+
+    def __init__(self, url: str, *, lease_s: float = LEASE_S) -> None:
+        bare, prefix = _split_prefix(url)
+        self.url = _without_password(url)
+        self._client: Any = _client(bare, self.url)
+        self._chunks = Chunks(self._client, prefix, self.url, lease_s)
+        self._control = [f"{{{prefix}}}:{name}" for name in ("current", "previous", "releases", "notices")]
+        self._current, _, self._releases, self._notices = self._control
+        self._users = f"{{{prefix}}}:users"
+        self._verified: set[Path] = set()
+        self._notices_of: Any = None  # redis.client.PubSub, once somebody has waited
+        self._may_subscribe = True
+
+    # --- releases
+
+    def publish(self, folder: Path, progress: Progress = no_progress) -> str:
+        release = read_release(folder)
+        with self._errors():
+            manifest = Manifest(self._releases, release.id, (folder / RELEASE).read_bytes())
+            self._chunks.upload(f"release:{release.id}", folder, release, manifest, progress)
+        return release.id
+
+    def activate(self, release_id: str) -> None:
+        with self._errors():
+            release, _ = self._release(release_id)
+            missing = self._chunks.missing(f"release:{release_id}", release)
+            if missing:
+                raise StoreError(
+                    f"release {release_id} in {self.url} lacks {len(missing)} chunks, the first of {missing[0].path}: "
+                    "publish it again, and set maxmemory-policy to noeviction"
+                )
+            if not self._run(ACTIVATE, release_id, HISTORY):
+                raise self._unknown(release_id)
+
+    def current(self) -> str | None:
+        with self._errors():
+            return _text(self._client.get(self._current))
+
+    def rollback(self) -> str:
+        with self._errors():
+            release_id = _text(self._run(ROLLBACK))
+            if release_id is None:
+                raise StoreError(f"{self.url}: nothing to go back to: choose with `ranktower releases activate`")
+            return release_id
+
+    def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
+        target = cache_dir / release_id
+        with self._errors():
+            release, raw = self._release(release_id)
+            if target not in self._verified or not target.is_dir():
+                self._chunks.download(f"release:{release_id}", release, target, (RELEASE, raw), progress)
+                self._verified.add(target)
+        return target
+
+    def prune(self, keep: int) -> Names:
+        if keep < 1:
+            raise StoreError(f"prune keeps {keep} releases: keep at least 1")
+        with self._errors():
+            doomed = {name.decode() for name in self._run(PRUNE, keep)}
+            return sorted(doomed | self._sweep())
+
+    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+        """By notices, and by looking every second should one be lost. For one thread at a time."""
+        deadline = time.monotonic() + timeout_s
+        with self._errors(), self._notified() as pause:
+            while True:
+                current = self.current()
+                left = deadline - time.monotonic()
+                if current != seen or left <= 0:
+                    return current
+                pause(min(POLL_S, left))
+
+    # --- users
+
+    def publish_users(self, path: Path, progress: Progress = no_progress) -> str:
+        with TemporaryDirectory() as name, self._errors():
+            folder = Path(name)
+            (folder / USER_TABLE).symlink_to(path.resolve())
+            table = seal_users(folder)
+            old = self._user_table(table.spec_id)
+            manifest = Manifest(self._users, table.spec_id, (folder / USERS).read_bytes())
+            self._chunks.upload(f"users:{table.id}", folder, table, manifest, progress)
+            self._forget(old)
+        return table.id
+
+    def users_version(self, spec_id: str) -> str | None:
+        with self._errors():
+            found = self._user_table(spec_id)
+            return None if found is None else found[0].id
+
+    def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
+        home = cache_dir / "users" / spec_id
+        with self._errors():
+            found = self._user_table(spec_id)
+            for old in home.glob("*"):
+                if NAME.fullmatch(old.name) and (found is None or old.name != found[0].id):
+                    shutil.rmtree(old)
+            if found is None:
+                return None
+            table, raw = found
+            target = home / table.id
+            if target not in self._verified or not target.is_dir():
+                self._chunks.download(f"users:{table.id}", table, target, (USERS, raw), progress)
+                self._verified.add(target)
+        return target / USER_TABLE
+
+    def delete_users(self, spec_id: str) -> None:
+        with self._errors():
+            old = self._user_table(spec_id)
+            self._client.hdel(self._users, spec_id)
+            self._forget(old)
+
+    def close(self) -> None:
+        self._unsubscribe()
+        self._client.close()
+
+    # --- manifests
+
+    def _release(self, release_id: str) -> tuple[Release, bytes]:
+        raw: bytes | None = self._client.hget(self._releases, release_id)
+        if raw is None:
+            raise self._unknown(release_id)
+        release = parse_release(raw, f"release {release_id} in {self.url}")
+        if release.id != release_id:
+            raise StoreError(f"{self.url} holds release {release.id} under the name {release_id}: publish it again")
+        return release, raw
+
+    def _unknown(self, release_id: str) -> UnknownRelease:
+        names = sorted(name.decode() for name in self._client.hkeys(self._releases))
+        held = ", ".join(names[-5:]) or "nothing"
+        return UnknownRelease(f"{self.url} holds no release {release_id}, but {held}: see `ranktower releases list`")
+
+    def _user_table(self, spec_id: str) -> tuple[UserTable, bytes] | None:
+        raw: bytes | None = self._client.hget(self._users, spec_id)
+        return None if raw is None else (parse_users(raw, f"users of {spec_id} in {self.url}"), raw)
+
+    def _forget(self, found: tuple[UserTable, bytes] | None) -> None:
+        if found is not None:
+            self._chunks.delete(f"users:{found[0].id}", found[0])
+
+    def _owned(self) -> set[str]:
+        """Names of all artifacts that have a manifest."""
+        tables = {parse_users(raw, self.url).id for raw in self._client.hvals(self._users)}
+        return tables | {name.decode() for name in self._client.hkeys(self._releases)}
+
+    # --- what dead publishers left
+
+    def _sweep(self) -> set[str]:
+        """Delete chunks that no manifest names and no publisher alive is writing; returns whose they were."""
+        owned = self._owned()
+        found = self._chunks.names("release") | self._chunks.names("users")
+        return {name for name, keys in found.items() if name not in owned and self._bury(name, keys)}
+
+    def _bury(self, name: str, keys: list[str]) -> bool:
+        with self._chunks.lease_now(name) as had:
+            dead = had and name not in self._owned()  # it may have been completed since
+            if dead:
+                self._chunks.pipelined("UNLINK", keys)
+            return dead
+
+    # --- notices, scripts, errors
+
+    @contextmanager
+    def _notified(self) -> Iterator[Pause]:
+        """A function that pauses for some seconds, or until the next notice. The subscription is kept for the next."""
+        if self._may_subscribe and self._notices_of is None:
+            self._subscribe()
+        notices = self._notices_of
+        try:
+            yield time.sleep if notices is None else lambda seconds: notices.get_message(timeout=seconds)
+        except RedisError:
+            self._unsubscribe()
+            raise
+
+    def _subscribe(self) -> None:
+        notices = self._client.pubsub()
+        try:
+            notices.subscribe(self._notices)
+            notices.get_message(timeout=CONNECT_TIMEOUT_S)  # in force before anyone looks
+            self._notices_of = notices
+        except failures.NoPermissionError:
+            log.warning("%s: may not subscribe to %s: looking every %g s instead", self.url, self._notices, POLL_S)
+            self._may_subscribe = False
+            notices.close()
+
+    def _unsubscribe(self) -> None:
+        if self._notices_of is not None:
+            self._notices_of.close()
+            self._notices_of = None
+
+    def _run(self, script: str, *arguments: Any) -> Any:
+        return self._client.eval(script, len(self._control), *self._control, *arguments)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of Redis and of the disk into ones that say where and what to do."""
+        try:
+            yield
+        except RedisError as error:
+            remedy = next(text for kind, text in REMEDIES if isinstance(error, kind))
+            raise StoreError(f"{self.url}: {error}: {remedy}") from error
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename or ''} {error.strerror or error}: check the disk and try again"
+            ) from error
+
+    def list(self) -> ReleaseInfos:
+        with self._errors():
+            current = _text(self._client.get(self._current))
+            stored = sorted(self._client.hgetall(self._releases).items())
+            return [ReleaseInfo.of(parse_release(raw, f"{name!r} in {self.url}"), current) for name, raw in stored]
+
+
+# --- URLs ------------------------------------------------------------------------------------------------------------
+
+
+def _split_prefix(url: str) -> tuple[str, str]:
+    """The URL without `prefix`, and the prefix."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    prefix = options.pop("prefix", PREFIX)
+    if not re.fullmatch(r"[\w.:-]+", prefix):
+        raise StoreError(f"prefix {prefix!r} of {_without_password(url)}: use letters, digits, '.', ':', '-' and '_'")
+    if not parts.hostname or not re.fullmatch(r"/?\d*", parts.path):
+        raise StoreError(f"{_without_password(url)} names no host or database: write redis://host:6379/0")
+    return urlunsplit(parts._replace(query=urlencode(options))), prefix
+
+
+def _client(url: str, shown: str) -> Redis:
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            health_check_interval=30,
+            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
+        )
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{shown}: {error}: write redis://user:password@host:6379/0?prefix=name") from error
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    user, at, place = parts.netloc.rpartition("@")
+    shown = user.split(":")[0] + ":***" if ":" in user else user
+    return urlunsplit(parts._replace(netloc=shown + at + place))
+
+
+def _text(value: Any) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,496 @@
+"""A table of records by id as one file: written in a stream, then memory-mapped, never parsed, shared by all workers.
+
+    header     1,024 bytes, little-endian, ends with the sha256 of what is before it
+    records    at 4,096; row i at i * stride, stride a multiple of 64 bytes, padded with zeros
+    keys       (n,) uint64: the int64 id itself, or the salted hash of the string id
+    offsets    (n + 1,) uint64 into `text`; only with string ids
+    text       UTF-8 of all string ids, end to end; only with string ids
+    slots      (m,) uint32, open addressing over the keys (kernel.reference): row + 1, 0 is empty
+    hashes     sha256 of every 2 MiB of what lies between header and here
+
+Sections start at multiples of 64 bytes and are found by name, so a later version may add some (scales of int8 records,
+say) without a change for its readers. The header holds the sha256 of the hashes, and the hash of the header is the
+file's id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.durable import rename_durably
+from cache.errors import SnapshotError
+from kernel.reference import build_index, hash_strings, lookup, slot_count
+
+Kind = Literal["items", "users"]
+IdType = Literal["int", "string"]
+Ids = Sequence[int] | Sequence[str] | NDArray[Any]
+
+MAGIC, VERSION, LITTLE_ENDIAN = b"RTSNAP\r\n", 1, 0x01020304
+DTYPES: dict[str, str] = {"f32": "<f4", "f16": "<f2", "int8": "|i1", "int32": "<i4"}
+HEADER_BYTES, RECORDS_AT, ALIGNMENT, PIECE_BYTES = 1024, 4096, 64, 2 << 20
+MAX_SECTIONS, MAX_ID_BYTES, MAX_ROWS = 16, 1024, 2**31 - 1
+FIRST_SALT, SALTS = 1, 8
+COPY_ROWS = 65_536  # string ids hashed or compared at a time
+
+# magic, version, endianness, sections, file bytes, count, record size, stride, salt,
+# kind, id type, dtype, layout, owner, root
+_HEADER = struct.Struct("<8sIIIxxxxQQQQQ8s8s8s16s64s32s")
+_SECTION = struct.Struct("<16sQQ")  # name, offset, size
+
+
+class Section(NamedTuple):
+    offset: int
+    size: int  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What the first kilobyte says."""
+
+    kind: Kind
+    owner: str  # bundle id of items, spec id of users
+    id_type: IdType
+    record_dtype: str
+    record_size: int  # values
+    stride: int  # bytes
+    count: int
+    salt: int
+    layout: str  # order of the values within a record; "plain" is the tower's own
+    file_bytes: int
+    root: bytes  # sha256 of the section `hashes`
+    sections: Mapping[str, Section]
+
+    def pack(self) -> bytes:
+        fixed = _HEADER.pack(
+            *(MAGIC, VERSION, LITTLE_ENDIAN, len(self.sections), self.file_bytes, self.count, self.record_size),
+            *(self.stride, self.salt, self.kind.encode(), self.id_type.encode(), self.record_dtype.encode()),
+            *(self.layout.encode(), self.owner.encode(), self.root),
+        )
+        table = b"".join(_SECTION.pack(name.encode(), *section) for name, section in self.sections.items())
+        body = (fixed + table).ljust(HEADER_BYTES - 32, b"\0")
+        return body + hashlib.sha256(body).digest()
+
+    @classmethod
+    def unpack(cls, path: Path, raw: bytes) -> Header:
+        """Raises SnapshotError when these are not the first bytes of a snapshot that this machine and version read."""
+        if not raw.startswith(MAGIC):
+            raise SnapshotError(f"{path} is not a snapshot (it starts with {raw[:8]!r}): publish the release again")
+        if len(raw) < HEADER_BYTES:
+            raise SnapshotError(f"{path} is cut within its header ({len(raw)} bytes): fetch or publish it again")
+        _, version, endianness, sections, *numbers = _HEADER.unpack_from(raw)
+        if endianness != LITTLE_ENDIAN or sys.byteorder != "little":
+            raise SnapshotError(
+                f"{path}: snapshots are little-endian, this file or machine is not: publish it elsewhere"
+            )
+        if version != VERSION:
+            raise SnapshotError(f"{path} has format {version}, this version reads {VERSION}: publish the release again")
+        if hashlib.sha256(raw[: HEADER_BYTES - 32]).digest() != raw[HEADER_BYTES - 32 : HEADER_BYTES]:
+            raise SnapshotError(f"{path}: the header has changed since it was written: fetch or publish it again")
+        if sections > MAX_SECTIONS:
+            raise SnapshotError(
+                f"{path} claims {sections} sections, at most {MAX_SECTIONS} fit: publish the release again"
+            )
+        table = [_SECTION.unpack_from(raw, _HEADER.size + k * _SECTION.size) for k in range(sections)]
+        file_bytes, count, size, stride, salt, *texts = numbers
+        kind, id_type, dtype, layout, owner = (text.rstrip(b"\0").decode() for text in texts[:5])
+        return cls(
+            kind=kind,
+            owner=owner,
+            id_type=id_type,
+            record_dtype=dtype,
+            record_size=size,
+            stride=stride,
+            count=count,
+            salt=salt,
+            layout=layout,
+            file_bytes=file_bytes,
+            root=texts[5],
+            sections={name.rstrip(b"\0").decode(): Section(offset, length) for name, offset, length in table},
+        )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Snapshot:
+    """An opened table. Immutable; its memory is unmapped when the last array over it is gone."""
+
+    def __init__(self, path: Path, header: Header, mapped: mmap.mmap) -> None:
+        self.path, self.header = path, header
+        self.id = hashlib.sha256(mapped[:HEADER_BYTES]).hexdigest()[:16]
+        self._mapped = mapped
+        self.keys = self._array("keys", "<u8")  # (n,) uint64
+        self.slots = self._array("slots", "<u4")  # (m,) uint32
+        self._offsets = self._array("offsets", "<u8").view(np.int64)  # (n + 1,) or empty
+        self._text = self._array("text", "|u1")
+        self.records: NDArray[Any] = np.ndarray(  # (n, record size), rows a stride apart
+            (header.count, header.record_size),
+            DTYPES[header.record_dtype],
+            buffer=mapped,
+            offset=header.sections["records"].offset,
+            strides=(header.stride, np.dtype(DTYPES[header.record_dtype]).itemsize),
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> Snapshot:
+        """Map the file. Raises SnapshotError unless it is whole by its sizes; `verify` checks its content."""
+        try:
+            with path.open("rb") as stream:
+                header = Header.unpack(path, stream.read(HEADER_BYTES))
+                size = os.fstat(stream.fileno()).st_size
+                if size != header.file_bytes:
+                    raise SnapshotError(f"{path} has {size} bytes, not {header.file_bytes}: fetch or publish it again")
+                _check_sections(path, header)
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be opened ({error.strerror}): fetch or publish it again") from error
+        return cls(path, header, mapped)
+
+    @property
+    def kind(self) -> Kind:
+        return self.header.kind
+
+    @property
+    def owner(self) -> str:
+        return self.header.owner
+
+    @property
+    def id_type(self) -> IdType:
+        return self.header.id_type
+
+    @property
+    def record_size(self) -> int:
+        return self.header.record_size
+
+    def __len__(self) -> int:
+        return self.header.count
+
+    def lookup(self, ids: Ids) -> NDArray[np.int32]:
+        """Rows (b,) int32 of ids, -1 where unknown. Raises SnapshotError when the ids are not of the table's type."""
+        if self.id_type == "int":
+            return lookup(self.slots, self.keys, as_integers(ids).view(np.uint64))
+        texts = as_texts(ids)
+        fits = np.fromiter((len(text) <= MAX_ID_BYTES for text in texts), bool, len(texts))
+        if not fits.all():  # no such id was ever written; hashing it would pad all others to its length
+            texts = [text if fit else "" for text, fit in zip(texts, fits, strict=True)]
+        rows = lookup(self.slots, self.keys, hash_strings(texts, self.header.salt))
+        found = np.flatnonzero(rows >= 0)
+        rows[found[~self._same(rows[found], [texts[k] for k in found])]] = -1
+        return rows
+
+    def ids(self, rows: NDArray[Any] | slice = slice(None)) -> NDArray[Any]:
+        """Ids of rows: int64, or str in an object array."""
+        if self.id_type == "int":
+            return self.keys[rows].view(np.int64)
+        wanted = np.arange(len(self))[rows]
+        starts, ends = self._offsets[wanted], self._offsets[wanted + 1]
+        texts = np.empty(len(wanted), object)
+        texts[:] = [bytes(self._text[a:b]).decode() for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return texts
+
+    def verify(self) -> None:
+        """Read the whole file; raise SnapshotError naming the first piece that is not as it was written."""
+        stored = self._array("hashes", "|u1").tobytes()
+        if hashlib.sha256(stored).digest() != self.header.root:
+            raise SnapshotError(f"{self.path}: its list of hashes has changed: fetch or publish it again")
+        for piece, found in enumerate(self._hashes()):
+            if found != stored[32 * piece : 32 * piece + 32]:
+                raise SnapshotError(
+                    f"{self.path} has changed in the {PIECE_BYTES} bytes from {RECORDS_AT + piece * PIECE_BYTES}: "
+                    "fetch or publish it again"
+                )
+
+    def _hashes(self) -> Iterable[bytes]:
+        view = memoryview(self._mapped)[RECORDS_AT : self.header.sections["hashes"].offset]
+        return (hashlib.sha256(view[at : at + PIECE_BYTES]).digest() for at in range(0, len(view), PIECE_BYTES))
+
+    def _array(self, name: str, dtype: str) -> NDArray[Any]:
+        section = self.header.sections.get(name, Section(0, 0))
+        return np.frombuffer(self._mapped, dtype, section.size // np.dtype(dtype).itemsize, section.offset)
+
+    def _same(self, rows: NDArray[np.int32], texts: list[str]) -> NDArray[np.bool_]:
+        """Whether the stored id of each row is that text: equal hashes prove nothing."""
+        encoded = [text.encode() for text in texts]
+        sizes = np.fromiter((len(text) for text in encoded), np.int64, len(encoded))
+        starts = self._offsets[rows]
+        same: NDArray[np.bool_] = self._offsets[rows + 1] - starts == sizes
+        sizes = sizes[same]
+        if sizes.size:
+            given = np.frombuffer(b"".join(text for text, keep in zip(encoded, same, strict=True) if keep), np.uint8)
+            ends = np.cumsum(sizes)
+            stored = self._text[np.repeat(starts[same] - (ends - sizes), sizes) + np.arange(len(given))]
+            same[same] = np.logical_and.reduceat(stored == given, ends - sizes)  # stored ids are never empty
+        return same
+
+
+def _check_sections(path: Path, header: Header) -> None:
+    """Raise SnapshotError unless every section lies within the file and has the size that its content asks for."""
+    if (
+        header.record_dtype not in DTYPES
+        or header.kind not in ("items", "users")
+        or header.id_type not in ("int", "string")
+    ):
+        raise SnapshotError(
+            f"{path} holds {header.record_dtype} records of {header.kind} by {header.id_type} id, "
+            "unknown to this version: publish the release again"
+        )
+    count, pieces = header.count, -(-(header.sections.get("hashes", Section(0, 0)).offset - RECORDS_AT) // PIECE_BYTES)
+    wanted = {
+        "records": count * header.stride,
+        "keys": 8 * count,
+        "slots": 4 * slot_count(count),
+        "hashes": 32 * pieces,
+    }
+    if header.id_type == "string":
+        wanted |= {"offsets": 8 * (count + 1), "text": header.sections.get("text", Section(0, -1)).size}
+    for name, size in wanted.items():
+        section = header.sections.get(name)
+        if section is None or section.size != size or size < 0 or section.offset % ALIGNMENT:
+            raise SnapshotError(f"{path}: section {name} is {section}, not of {size} bytes: publish the release again")
+    if any(offset < RECORDS_AT or offset + size > header.file_bytes for offset, size in header.sections.values()):
+        raise SnapshotError(f"{path}: a section lies outside of the file: publish the release again")
+    if header.stride < header.record_size * np.dtype(DTYPES[header.record_dtype]).itemsize:
+        raise SnapshotError(f"{path}: records of {header.record_size} values overlap: publish the release again")
+
+
+def as_integers(ids: Ids) -> NDArray[np.int64]:
+    """(b,) int64. Raises SnapshotError unless all ids are integers of 64 bits; True is not one."""
+    try:
+        found = np.asarray(ids)
+    except (ValueError, OverflowError) as error:
+        raise SnapshotError(f"ids do not form one column ({error}): send integers") from error
+    if found.dtype.kind == "i" or not len(found):
+        return np.ascontiguousarray(found, np.int64)
+    if found.dtype.kind == "u" and int(found.max()) < 2**63:
+        return found.astype(np.int64)
+    raise SnapshotError(f"this table has integer ids, got {ids[0]!r}: send integers of 64 bits")
+
+
+def as_texts(ids: Ids) -> list[str]:
+    """Raises SnapshotError unless all ids are text that UTF-8 can hold."""
+    texts: list[Any] = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    try:
+        "".join(texts).encode()
+    except TypeError as error:
+        wrong = next(value for value in texts if not isinstance(value, str))
+        raise SnapshotError(f"this table has text ids, got {wrong!r}: send text") from error
+    except UnicodeEncodeError as error:
+        raise SnapshotError(
+            f"an id is not text ({error.object[error.start : error.end]!r}): send valid Unicode"
+        ) from error
+    return texts
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class SnapshotWriter:
+    """Streams batches into a new snapshot: 8 bytes of memory a row, and the batch. The file appears only when finished.
+
+    with SnapshotWriter(path, kind="items", owner=bundle_id, id_type="int", record_size=384) as writer:
+        writer.append(ids, records)
+        snapshot = writer.finish()
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        kind: Kind,
+        owner: str,
+        id_type: IdType,
+        record_dtype: str = "f32",
+        record_size: int,
+        layout: str = "plain",
+    ) -> None:
+        self.path, self.kind, self.owner, self.id_type, self.layout = path, kind, owner, id_type, layout
+        self.record_dtype, self.record_size = record_dtype, record_size
+        self.row_bytes = record_size * np.dtype(DTYPES[record_dtype]).itemsize
+        self.stride = _aligned(self.row_bytes)
+        self.count = 0
+        self._keys: list[NDArray[np.uint64]] = []
+        self._sizes: list[NDArray[np.int64]] = []  # bytes of each string id
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        self._spool_path = self._temporary.with_name(self._temporary.name + ".ids")
+
+    def __enter__(self) -> SnapshotWriter:
+        self._stream: BinaryIO = self._temporary.open("w+b")
+        self._spool: BinaryIO = self._spool_path.open("w+b")  # string ids until the records end
+        self._stream.seek(RECORDS_AT)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stream.close()
+        self._spool.close()
+        self._temporary.unlink(missing_ok=True)
+        self._spool_path.unlink(missing_ok=True)
+
+    def append(self, ids: Ids, records: NDArray[Any]) -> None:
+        """Add rows: ids (b,), records (b, record size). Raises SnapshotError naming the item with a NaN or infinity."""
+        if records.shape != (len(ids), self.record_size):
+            raise SnapshotError(
+                f"{self.path}: {len(ids)} ids with records {records.shape}, not (b, {self.record_size})"
+            )
+        if self.count + len(ids) > MAX_ROWS:
+            raise SnapshotError(f"{self.path}: more than {MAX_ROWS} {self.kind} do not fit one table: shard them")
+        self._refuse_not_finite(ids, records)
+        if self.id_type == "int":
+            self._keys.append(as_integers(ids).view(np.uint64))
+        else:
+            self._spool_texts(as_texts(ids))
+        padded = np.zeros((len(ids), self.stride), np.uint8)
+        padded[:, : self.row_bytes] = np.ascontiguousarray(records, DTYPES[self.record_dtype]).view(np.uint8)
+        self._stream.write(padded.data)
+        self.count += len(ids)
+
+    def finish(self) -> Snapshot:
+        """Index the ids, write what follows the records, sync and put the file in its place.
+
+        Raises SnapshotError naming an id that came twice.
+        """
+        sections = {"records": Section(RECORDS_AT, self.count * self.stride)}
+        keys, salt = self._distinct_keys()
+        self._section(sections, "keys", [keys])
+        if self.id_type == "string":
+            self._section(sections, "offsets", [self._offsets()])
+            self._section(sections, "text", self._spooled())
+        self._section(sections, "slots", [build_index(keys)])
+        hashes_at = self._pad()
+        hashes = b"".join(self._hash_pieces(hashes_at))
+        self._stream.seek(hashes_at)
+        self._section(sections, "hashes", [hashes])
+        header = Header(
+            kind=self.kind,
+            owner=self.owner,
+            id_type=self.id_type,
+            record_dtype=self.record_dtype,
+            record_size=self.record_size,
+            stride=self.stride,
+            count=self.count,
+            salt=salt,
+            layout=self.layout,
+            file_bytes=self._stream.tell(),
+            root=hashlib.sha256(hashes).digest(),
+            sections=sections,
+        )
+        self._stream.seek(0)
+        self._stream.write(header.pack())
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        rename_durably(self._temporary, self.path)
+        return Snapshot.open(self.path)
+
+    def _refuse_not_finite(self, ids: Ids, records: NDArray[Any]) -> None:
+        if records.dtype.kind != "f":
+            return
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(records.astype(DTYPES[self.record_dtype], copy=False)).all(axis=1)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise SnapshotError(
+                f"the record of {self.kind[:-1]} {ids[row]!r} (row {self.count + row}) holds NaN or infinity: "
+                "check that item's features, or train and export again"
+            )
+
+    # --- ids and keys
+
+    def _spool_texts(self, texts: list[str]) -> None:
+        encoded = [text.encode() for text in texts]
+        sizes = np.fromiter((len(text) for text in encoded), np.int64, len(encoded))
+        wrong = np.flatnonzero((sizes == 0) | (sizes > MAX_ID_BYTES))
+        if len(wrong):
+            raise SnapshotError(
+                f"id {texts[wrong[0]][:40]!r} of row {self.count + int(wrong[0])} has {sizes[wrong[0]]} bytes: "
+                f"ids have 1 to {MAX_ID_BYTES}"
+            )
+        self._spool.write(b"".join(encoded))
+        self._sizes.append(sizes)
+        self._keys.append(hash_strings(texts, FIRST_SALT))
+
+    def _distinct_keys(self) -> tuple[NDArray[np.uint64], int]:
+        """All keys and the salt that made them distinct. Raises SnapshotError when an id came twice."""
+        keys = np.concatenate([np.empty(0, np.uint64), *self._keys])
+        self._keys = [keys]
+        for salt in range(FIRST_SALT, FIRST_SALT + SALTS):
+            if salt > FIRST_SALT:  # two different texts had one hash: take another
+                keys = self._hash_again(salt)
+            pair = equal_pair(keys)
+            if pair is None:
+                return keys, salt if self.id_type == "string" else 0
+            first, second = (self._id_at(row, keys) for row in pair)
+            if first == second:
+                raise SnapshotError(
+                    f"{self.kind[:-1]} {first!r} comes twice, in rows {pair[0]} and {pair[1]}: keep one row for each"
+                )
+        raise SnapshotError(f"{self.path}: ids collide under {SALTS} salts: are they made to?")
+
+    def _offsets(self) -> NDArray[np.int64]:
+        return np.concatenate([np.zeros(1, np.int64), *self._sizes]).cumsum()
+
+    def _id_at(self, row: int, keys: NDArray[np.uint64]) -> int | str:
+        if self.id_type == "int":
+            return int(keys.view(np.int64)[row])
+        start, end = self._offsets()[row : row + 2].tolist()
+        self._spool.seek(start)
+        return self._spool.read(end - start).decode()
+
+    def _hash_again(self, salt: int) -> NDArray[np.uint64]:
+        offsets = self._offsets()
+        parts = [np.empty(0, np.uint64)]
+        for start in range(0, self.count, COPY_ROWS):
+            places = offsets[start : start + COPY_ROWS + 1]
+            self._spool.seek(places[0])
+            flat = self._spool.read(int(places[-1] - places[0]))
+            cuts = (places - places[0]).tolist()
+            texts = [flat[a:b].decode() for a, b in pairwise(cuts)]
+            parts.append(hash_strings(texts, salt))
+        return np.concatenate(parts)
+
+    def _spooled(self) -> Iterable[bytes]:
+        self._spool.seek(0)
+        return iter(lambda: self._spool.read(PIECE_BYTES), b"")
+
+    # --- sections
+
+    def _pad(self) -> int:
+        """Write zeros up to the next multiple of 64; returns the place."""
+        at = self._stream.tell()
+        self._stream.write(bytes(_aligned(at) - at))
+        return _aligned(at)
+
+    def _section(self, sections: dict[str, Section], name: str, parts: Iterable[Any]) -> None:
+        start = self._pad()
+        for part in parts:
+            self._stream.write(memoryview(part).cast("B") if len(part) else b"")
+        sections[name] = Section(start, self._stream.tell() - start)
+
+    def _hash_pieces(self, end: int) -> Iterable[bytes]:
+        self._stream.flush()
+        self._stream.seek(RECORDS_AT)
+        for at in range(RECORDS_AT, end, PIECE_BYTES):
+            yield hashlib.sha256(self._stream.read(min(PIECE_BYTES, end - at))).digest()
+
+
+def equal_pair(keys: NDArray[np.uint64]) -> tuple[int, int] | None:
+    """Two rows with the same key, the earlier first, or None."""
+    order = np.argsort(keys, kind="stable")
+    ranked = keys[order]
+    twice = np.flatnonzero(ranked[1:] == ranked[:-1])
+    return None if not len(twice) else (int(order[twice[0]]), int(order[twice[0] + 1]))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,119 @@
+"""Where releases live: the verbs that every store has, and the store behind a URL.
+
+Publish writes under a new name, reads back and verifies; `activate` flips `current` in one step. Readers of the old
+release keep it. The user table is an artifact of its own, keyed by the feature specification, one version at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from cache.errors import StoreError
+from cache.release import Progress, Release, no_progress
+
+Names = list[str]  # a method named `list` hides the builtin from annotations
+HISTORY = 16  # releases that `rollback` can go back through
+POLL_S = 0.2  # how often a waiting reader looks, where no notice wakes it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseInfo:
+    """One line of `ranktower releases list`."""
+
+    id: str
+    created: str
+    bundle_id: str
+    snapshot_id: str
+    count: int
+    size_bytes: int
+    current: bool
+
+    @classmethod
+    def of(cls, release: Release, current: str | None) -> ReleaseInfo:
+        return cls(
+            id=release.id,
+            created=release.created,
+            bundle_id=release.bundle_id,
+            snapshot_id=release.snapshot_id,
+            count=release.count,
+            size_bytes=release.size_bytes,
+            current=release.id == current,
+        )
+
+
+ReleaseInfos = list[ReleaseInfo]
+
+
+class ReleaseStore(Protocol):
+    """Every method raises StoreError, naming store and remedy, and then has changed nothing that readers see."""
+
+    @property
+    def url(self) -> str:
+        """The URL, without a password."""
+
+    def publish(self, folder: Path, progress: Progress = no_progress) -> str:
+        """Store a release folder under its own name, read it back and verify; returns the name. Never flips `current`.
+
+        Publishing what is there already changes nothing; what a killed publisher left is completed.
+        """
+
+    def activate(self, release_id: str) -> None:
+        """Make a complete release the current one, in one step; the one before is remembered for `rollback`."""
+
+    def current(self) -> str | None: ...
+
+    def list(self) -> ReleaseInfos:
+        """All complete releases, oldest first."""
+
+    def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
+        """A local folder with the release, every hash verified once in the life of this object."""
+
+    def rollback(self) -> str:
+        """Go back to the release that was current before; returns its name."""
+
+    def prune(self, keep: int) -> Names:
+        """Delete all but the newest `keep` releases and the current one, and what dead publishers left: their names."""
+
+    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+        """The current release, as soon as it is not `seen` or the time is up."""
+
+    def publish_users(self, path: Path, progress: Progress = no_progress) -> str:
+        """Replace the user table of the specification that owns the snapshot; returns its version. Older ones go."""
+
+    def users_version(self, spec_id: str) -> str | None:
+        """Version of the user table, which begins with the time of its making (`release.created_at`)."""
+
+    def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
+        """A local users.snap, verified, or None; copies of other versions are deleted from the cache."""
+
+    def delete_users(self, spec_id: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_store(url: str) -> ReleaseStore:
+    """The store behind a URL. Touches neither disk nor network yet."""
+    scheme = urlsplit(url).scheme
+    if scheme not in STORES:
+        known = ", ".join(f"{name}://" for name in STORES)
+        raise StoreError(f"no store answers to {scheme or url!r}: use a URL that starts with {known}")
+    return STORES[scheme](url)
+
+
+def _file_store(url: str) -> ReleaseStore:
+    from cache.file_store import FileStore
+
+    return FileStore(url)
+
+
+def _redis_store(url: str) -> ReleaseStore:
+    from cache.redis_store import RedisStore
+
+    return RedisStore(url)
+
+
+STORES: dict[str, Callable[[str], ReleaseStore]] = {"file": _file_store, "redis": _redis_store}

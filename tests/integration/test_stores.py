@@ -1,0 +1,564 @@
+"""What every release store must do, on a folder and on a real Redis; then what only one of them can."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from cache.errors import StoreError, UnknownRelease
+from cache.file_store import FileStore
+from cache.redis_store import RedisStore
+from cache.release import CHUNK_BYTES, ITEMS, RELEASE, Release, created_at, read_release, verify_release
+from cache.snapshot import Snapshot
+from cache.store import STORES, ReleaseStore, open_store
+from tests.redis_server import redis_server, running_redis
+from tests.releases import SPEC_ID, write_release, write_users
+
+ROOT = Path(__file__).resolve().parents[2]
+LEASE_S = 0.2  # of the publishers that are killed here
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    with redis_server() as url:
+        yield url
+
+
+@dataclass
+class Place:
+    """A store that is empty at first, seen by several clients."""
+
+    url: str
+    local: Path
+
+    def open(self) -> ReleaseStore:
+        """A client of its own, as another process would have."""
+        return RedisStore(self.url, lease_s=LEASE_S) if self.url.startswith("redis") else open_store(self.url)
+
+    @property
+    def prefix(self) -> str:
+        return self.url.split("prefix=")[1]
+
+    def fetch(self, release_id: str) -> Path:
+        """As a replica that has nothing yet."""
+        cache = self.local / f"cache-{time.monotonic_ns()}"
+        return self.open().fetch(release_id, cache)
+
+    def redis(self) -> Redis:
+        return Redis.from_url(self.url.split("?")[0])
+
+    def damage(self, release_id: str, change: Callable[[bytes], bytes]) -> None:
+        """Change the first chunk of the stored item table."""
+        if self.url.startswith("file"):
+            path = Path(self.url.removeprefix("file://")) / "releases" / release_id / ITEMS
+            content = path.read_bytes()
+            path.write_bytes(change(content[:CHUNK_BYTES]) + content[CHUNK_BYTES:])
+        else:
+            with self.redis() as client:
+                (key,) = client.keys(f"{self.prefix}:release:{release_id}:{ITEMS}:0")
+                client.set(key, change(client.get(key) or b""))
+
+    def leftovers(self) -> int:
+        """Folders, or keys, of releases that are not listed."""
+        listed = {info.id for info in self.open().list()}
+        if self.url.startswith("file"):
+            temporary = Path(self.url.removeprefix("file://")) / "tmp"
+            return len(list(temporary.iterdir())) if temporary.is_dir() else 0
+        with self.redis() as client:
+            names = {key.decode().split(":")[2] for key in client.keys(f"{self.prefix}:release:*")}
+        return len(names - listed)
+
+
+@pytest.fixture(params=["file", "redis"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    if request.param == "file":
+        yield Place(f"file://{tmp_path}/store", tmp_path)
+        return
+    name = re.sub(r"\W", "-", request.node.name)
+    place = Place(f"{request.getfixturevalue('redis_url')}?prefix={name}", tmp_path)
+    yield place
+    with place.redis() as client:
+        client.flushdb()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Releases 0 to 3, each a second younger than the one before."""
+    home = tmp_path_factory.mktemp("releases")
+    for number in range(4):
+        write_release(home / str(number), number, items=10_000 if number < 2 else 50)
+    return [home / str(number) for number in range(4)]
+
+
+def published(place: Place, folders: list[Path], *, activate: bool = True) -> list[str]:
+    store = place.open()
+    names = [store.publish(folder) for folder in folders]
+    for name in names:
+        if activate:
+            store.activate(name)
+    return names
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
+
+
+# --- publishing and switching ----------------------------------------------------------------------------------------
+
+
+def test_an_empty_store_has_nothing(place: Place) -> None:
+    store = place.open()
+    assert store.current() is None
+    assert store.list() == []
+    assert store.users_version(SPEC_ID) is None
+    assert store.prune(1) == []
+
+
+def test_what_was_published_is_fetched_whole(place: Place, folders: list[Path]) -> None:
+    (name,) = published(place, folders[:1])
+    fetched = place.fetch(name)
+    assert verify_release(fetched) == read_release(folders[0])
+    for path in folders[0].rglob("*"):
+        if path.is_file():
+            assert (fetched / path.relative_to(folders[0])).read_bytes() == path.read_bytes()
+
+
+def test_publishing_lists_a_release_and_does_not_activate_it(place: Place, folders: list[Path]) -> None:
+    published(place, folders[:1], activate=True)
+    published(place, folders[1:3], activate=False)
+    infos = place.open().list()
+    assert [info.id for info in infos] == [read_release(folder).id for folder in folders[:3]]
+    assert [info.current for info in infos] == [True, False, False]
+    assert infos[2].count == 50
+    assert infos[0].size_bytes == read_release(folders[0]).size_bytes
+
+
+def test_publishing_twice_changes_nothing(place: Place, folders: list[Path]) -> None:
+    first = published(place, folders[:1])
+    assert published(place, folders[:1]) == first
+    assert len(place.open().list()) == 1
+    assert place.leftovers() == 0
+
+
+def test_progress_ends_with_all_bytes(place: Place, folders: list[Path]) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    place.open().publish(folders[0], lambda stage, done, total: seen.update({stage: (done, total)}))
+    size = read_release(folders[0]).size_bytes
+    assert seen == {"publish": (size, size), "verify": (size, size)}
+
+
+def test_activating_an_unknown_release_names_those_there_are(place: Place, folders: list[Path]) -> None:
+    (name,) = published(place, folders[:1])
+    for verb in (place.open().activate, place.fetch):
+        with pytest.raises(UnknownRelease, match=f"no release nonsense, but {name}"):
+            verb("nonsense")
+    assert place.open().current() == name
+
+
+def test_rollback_goes_back_one_activation_at_a_time(place: Place, folders: list[Path]) -> None:
+    a, b, c = published(place, folders[:3])
+    store = place.open()
+    store.activate(c)  # again: not a step of its own
+    assert store.rollback() == b
+    assert store.rollback() == a == store.current()
+    with pytest.raises(StoreError, match="releases activate"):
+        store.rollback()
+    assert store.current() == a
+    store.activate(c)
+    assert store.rollback() == a
+
+
+def test_rollback_passes_over_releases_that_were_pruned(place: Place, folders: list[Path]) -> None:
+    a, b, c = published(place, folders[:3])
+    store = place.open()
+    store.activate(a)
+    assert store.prune(1) == [b]
+    assert store.rollback() == c
+
+
+def test_prune_keeps_the_newest_and_the_current(place: Place, folders: list[Path]) -> None:
+    a, b, c, d = published(place, folders, activate=False)
+    store = place.open()
+    store.activate(a)
+    assert store.prune(2) == [b]
+    assert [info.id for info in store.list()] == [a, c, d]
+    assert store.prune(1) == [c]
+    assert place.leftovers() == 0
+    assert verify_release(place.fetch(a)).id == a
+    with pytest.raises(StoreError, match="at least 1"):
+        store.prune(0)
+
+
+def test_a_reader_keeps_the_files_of_a_pruned_release(place: Place, folders: list[Path]) -> None:
+    a, _ = published(place, folders[:2])
+    snapshot = Snapshot.open(place.fetch(a) / ITEMS)
+    assert place.open().prune(1) == [a]
+    snapshot.verify()
+
+
+# --- waiting ---------------------------------------------------------------------------------------------------------
+
+
+def test_wait_returns_at_once_what_was_not_seen(place: Place, folders: list[Path]) -> None:
+    (name,) = published(place, folders[2:3])
+    started = time.monotonic()
+    assert place.open().wait(None, 60) == name
+    assert time.monotonic() - started < 10
+
+
+def test_wait_returns_on_a_change(place: Place, folders: list[Path]) -> None:
+    a, b = published(place, folders[2:4])
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(place.open().wait, b, 60)
+        place.open().activate(a)
+        assert waiting.result(30) == a
+
+
+def test_wait_gives_up_in_time(place: Place, folders: list[Path]) -> None:
+    (name,) = published(place, folders[2:3])
+    assert place.open().wait(name, 0.05) == name
+    assert place.open().wait(name, 0) == name
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: (folder / ITEMS).write_bytes(flipped((folder / ITEMS).read_bytes())), "not as it was written"),
+        (lambda folder: (folder / ITEMS).write_bytes((folder / ITEMS).read_bytes()[:-1]), r"has \d+ bytes, not"),
+        (lambda folder: (folder / ITEMS).unlink(), "is missing"),
+        (lambda folder: (folder / RELEASE).write_text("{}"), "manifest cannot be read"),
+        (lambda folder: (folder / RELEASE).unlink(), "is not a release"),
+        (
+            lambda folder: (folder / RELEASE).write_text((folder / RELEASE).read_text().replace("maxsim", "onnx")),
+            "has changed",
+        ),
+    ],
+    ids=["flipped", "truncated", "missing", "foreign", "no manifest", "other manifest"],
+)
+def test_a_damaged_folder_is_refused_and_the_old_release_stays(
+    place: Place, folders: list[Path], tmp_path: Path, harm: Callable[[Path], None], message: str
+) -> None:
+    (old,) = published(place, folders[:1])
+    shutil.copytree(folders[1], tmp_path / "damaged")
+    harm(tmp_path / "damaged")
+    with pytest.raises(StoreError, match=message):
+        place.open().publish(tmp_path / "damaged")
+    assert [info.id for info in place.open().list()] == [old]
+    assert verify_release(place.fetch(old)).id == old
+
+
+@pytest.mark.parametrize("change", [flipped, lambda content: content[:-5], lambda content: b""])
+def test_damage_in_the_store_is_found_and_mended_by_publishing_again(
+    place: Place, folders: list[Path], change: Callable[[bytes], bytes]
+) -> None:
+    old, new = published(place, folders[:2], activate=False)
+    place.open().activate(old)
+    place.damage(new, change)
+    with pytest.raises(StoreError, match=r"items\.snap"):
+        place.fetch(new)
+    if change is not flipped:  # activate looks at sizes, fetch at hashes
+        with pytest.raises(StoreError, match=r"items\.snap"):
+            place.open().activate(new)
+    assert place.open().current() == old
+    assert verify_release(place.fetch(old)).id == old
+    published(place, folders[1:2], activate=False)
+    assert verify_release(place.fetch(new)).id == new
+
+
+# --- several publishers, dead publishers -----------------------------------------------------------------------------
+
+
+def test_concurrent_publishers_do_not_hurt_each_other(place: Place, folders: list[Path]) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        names = list(pool.map(lambda folder: place.open().publish(folder), [*folders, folders[0], folders[0]]))
+    assert [info.id for info in place.open().list()] == names[:4]
+    assert place.leftovers() == 0
+    for name in names:
+        assert verify_release(place.fetch(name)).id == name
+
+
+def test_prune_spares_a_publisher_at_work(place: Place, folders: list[Path]) -> None:
+    found: list[list[str]] = []
+    name = place.open().publish(folders[0], lambda stage, done, total: found.append(place.open().prune(1)))
+    assert found
+    assert not any(found)
+    assert verify_release(place.fetch(name)).id == name
+
+
+PUBLISH_UNTIL = """
+import sys
+from pathlib import Path
+from tests.integration.test_stores import Place
+url, folder, stage, local = sys.argv[1:]
+
+def progress(at, done, total):
+    if at == stage:
+        print("reached", flush=True)
+        sys.stdin.read()
+
+Place(url, Path(local)).open().publish(Path(folder), progress)
+"""
+
+
+def kill_publisher(place: Place, folder: Path, stage: str) -> None:
+    """Kill a process that publishes when it reports the first progress of a stage."""
+    command = [sys.executable, "-c", PUBLISH_UNTIL, place.url, str(folder), stage, str(place.local)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as publisher:
+        assert publisher.stdout is not None
+        assert publisher.stdout.readline() == b"reached\n"
+        publisher.send_signal(signal.SIGKILL)
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
+    """Whether a condition comes true in time; a lease runs out by the clock, and nothing announces it."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("stage", ["publish", "verify"])
+def test_a_killed_publisher_leaves_the_old_release_and_remains_that_prune_finds(
+    place: Place, folders: list[Path], stage: str
+) -> None:
+    (old,) = published(place, folders[:1])
+    kill_publisher(place, folders[1], stage)
+    dead = read_release(folders[1]).id
+    assert [info.id for info in place.open().list()] == [old]
+    assert place.open().current() == old
+    assert place.leftovers() > 0
+    with pytest.raises(UnknownRelease):
+        place.open().activate(dead)
+    assert eventually(lambda: place.open().prune(1) == [dead])
+    assert place.leftovers() == 0
+    assert verify_release(place.fetch(old)).id == old
+
+
+def test_publishing_again_after_a_kill_completes_the_release(place: Place, folders: list[Path]) -> None:
+    kill_publisher(place, folders[1], "publish")
+    sent: list[int] = []
+    name = place.open().publish(
+        folders[1], lambda stage, done, total: sent.append(done) if stage == "publish" else None
+    )
+    place.open().activate(name)
+    assert verify_release(place.fetch(name)).id == name
+    assert eventually(lambda: place.open().prune(1) == [] and place.leftovers() == 0)
+
+
+# --- users -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_user_table_is_published_replaced_and_deleted(place: Place, tmp_path: Path) -> None:
+    store, cache = place.open(), tmp_path / "replica"
+    first = store.publish_users(write_users(tmp_path / "first.snap"))
+    fetched = store.fetch_users(SPEC_ID, cache)
+    assert fetched is not None
+    assert Snapshot.open(fetched).lookup(["u3"]).tolist() == [3]
+    assert abs(created_at(first).timestamp() - time.time()) < 60
+    second = store.publish_users(write_users(tmp_path / "second.snap", seed=1, users=60))
+    assert store.users_version(SPEC_ID) == second != first
+    newer = store.fetch_users(SPEC_ID, cache)
+    assert newer is not None
+    assert len(Snapshot.open(newer)) == 60
+    assert not fetched.exists(), "user data that was replaced must not stay"
+    assert store.users_version("0" * 16) is None
+    store.delete_users(SPEC_ID)
+    assert place.open().users_version(SPEC_ID) is None
+    assert store.fetch_users(SPEC_ID, cache) is None
+    assert not newer.exists()
+    assert place.open().prune(1) == []
+
+
+def test_user_tables_of_different_specifications_live_side_by_side(place: Place, tmp_path: Path) -> None:
+    store = place.open()
+    store.publish_users(write_users(tmp_path / "a.snap"))
+    other = store.publish_users(write_users(tmp_path / "b.snap", spec_id="6" * 16))
+    store.delete_users(SPEC_ID)
+    assert place.open().users_version("6" * 16) == other
+    assert store.fetch_users("6" * 16, tmp_path / "cache") is not None
+
+
+def test_an_item_table_is_not_published_as_users(place: Place, folders: list[Path]) -> None:
+    with pytest.raises(StoreError, match="holds items, not users"):
+        place.open().publish_users(folders[2] / ITEMS)
+
+
+# --- URLs ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_scheme_names_the_known_ones() -> None:
+    with pytest.raises(StoreError, match=r"ftp.*file://, redis://"):
+        open_store("ftp://host/folder")
+    with pytest.raises(StoreError, match="no store answers"):
+        open_store("var/releases")
+    assert set(STORES) == {"file", "redis"}
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://", "redis://host:port/0", "redis://host/0?prefix=a b", "redis://host/zero", "file://"]
+)
+def test_a_wrong_url_says_how_to_write_it(url: str) -> None:
+    with pytest.raises(StoreError, match=r"write |use letters"):
+        open_store(url)
+
+
+def test_a_file_url_is_relative_or_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = open_store("file://./var/releases").publish(folders[2])
+    assert [info.id for info in open_store(f"file://{tmp_path}/var/releases").list()] == [name]
+
+
+# --- only files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_store_serves_in_place(tmp_path: Path, folders: list[Path]) -> None:
+    place = Place(f"file://{tmp_path}/store", tmp_path)
+    (name,) = published(place, folders[:1])
+    assert place.fetch(name) == tmp_path / "store" / "releases" / name
+    assert not list(tmp_path.glob("cache-*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folders: list[Path]) -> None:
+    (tmp_path / "store").write_text("a file, not a folder")
+    with pytest.raises(StoreError, match="store"):
+        FileStore(f"file://{tmp_path}/store").publish(folders[2])
+
+
+# --- only Redis ------------------------------------------------------------------------------------------------------
+
+
+def test_no_server_is_an_error_that_hides_the_password() -> None:
+    with running_redis() as server:
+        port = server.port
+    with pytest.raises(StoreError, match=r"redis-server runs there") as caught:
+        RedisStore(f"redis://ranker:secret@127.0.0.1:{port}/0").current()
+    assert "secret" not in str(caught.value)
+    assert f"redis://ranker:***@127.0.0.1:{port}/0" in str(caught.value)
+
+
+def test_a_wrong_password_is_named_as_such() -> None:
+    with running_redis("--requirepass", "right") as server:
+        with pytest.raises(StoreError, match="password in the URL"):
+            RedisStore(f"redis://:wrong@127.0.0.1:{server.port}/0").current()
+        assert RedisStore(f"redis://:right@127.0.0.1:{server.port}/0").current() is None
+
+
+def test_a_full_redis_refuses_the_new_release_and_keeps_the_old(folders: list[Path], tmp_path: Path) -> None:
+    with running_redis("--maxmemory", "9mb") as server:
+        place = Place(f"{server.url}?prefix=small", tmp_path)
+        (old,) = published(place, folders[:1])
+        with pytest.raises(StoreError, match="prune"):
+            place.open().publish(folders[1])
+        assert place.open().current() == old
+        assert verify_release(place.fetch(old)).id == old
+
+
+def test_without_the_right_to_subscribe_wait_still_sees_a_change(folders: list[Path], tmp_path: Path) -> None:
+    with running_redis() as server:
+        with Redis.from_url(server.url) as admin:
+            admin.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@all", "resetchannels")
+        a, b = published(Place(f"{server.url}?prefix=acl", tmp_path), folders[2:4])
+        reader = RedisStore(f"redis://reader:pw@127.0.0.1:{server.port}/0?prefix=acl")
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(reader.wait, b, 60)
+            Place(f"{server.url}?prefix=acl", tmp_path).open().activate(a)
+            assert waiting.result(30) == a
+
+
+def test_waiting_goes_on_when_redis_comes_back(folders: list[Path], tmp_path: Path) -> None:
+    with running_redis() as server:
+        reader = RedisStore(f"{server.url}?prefix=gone")
+        assert reader.wait(None, 0) is None
+        server.kill()
+        with pytest.raises(StoreError, match=r"redis-server runs there"):
+            reader.wait(None, 5)
+        assert server.start()
+        place = Place(f"{server.url}?prefix=gone", tmp_path)
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(reader.wait, None, 60)
+            (name,) = published(place, folders[2:3])
+            assert waiting.result(30) == name
+        reader.close()
+
+
+def test_a_release_that_was_fetched_is_not_fetched_again(redis_url: str, folders: list[Path], tmp_path: Path) -> None:
+    place = Place(f"{redis_url}?prefix=once", tmp_path)
+    (name,) = published(place, folders[:1])
+    fetched = place.open().fetch(name, tmp_path / "cache")
+    place.damage(name, flipped)
+    assert place.open().fetch(name, tmp_path / "cache") == fetched  # only the local copy is looked at
+
+
+def test_a_damaged_local_copy_is_fetched_again(redis_url: str, folders: list[Path], tmp_path: Path) -> None:
+    place = Place(f"{redis_url}?prefix=again", tmp_path)
+    (name,) = published(place, folders[:1])
+    path = place.open().fetch(name, tmp_path / "cache") / ITEMS
+    path.write_bytes(flipped(path.read_bytes()))
+    assert verify_release(place.open().fetch(name, tmp_path / "cache")).id == name
+
+
+def test_a_local_copy_that_was_deleted_is_fetched_again(redis_url: str, folders: list[Path], tmp_path: Path) -> None:
+    store = RedisStore(f"{redis_url}?prefix=deleted")
+    store.activate(store.publish(folders[2]))
+    fetched = store.fetch(store.current() or "", tmp_path / "cache")
+    shutil.rmtree(fetched)
+    assert verify_release(store.fetch(fetched.name, tmp_path / "cache")).id == fetched.name
+
+
+def test_a_cut_download_goes_on_where_it_was(redis_url: str, folders: list[Path], tmp_path: Path) -> None:
+    place = Place(f"{redis_url}?prefix=cut", tmp_path)
+    release: Release = read_release(folders[0])
+    published(place, folders[:1])
+
+    def cut(stage: str, done: int, total: int) -> None:
+        raise InterruptedError("the line is cut")
+
+    with pytest.raises(StoreError, match="the line is cut"):
+        place.open().fetch(release.id, tmp_path / "cache", cut)
+    assert not (tmp_path / "cache" / release.id).exists()
+    fetched: list[int] = []
+    place.open().fetch(release.id, tmp_path / "cache", lambda stage, done, total: fetched.append(done))
+    assert len(fetched) == len(list(release.chunks())) - 1
+
+
+def test_replicas_of_one_machine_share_a_download(redis_url: str, folders: list[Path], tmp_path: Path) -> None:
+    place = Place(f"{redis_url}?prefix=shared", tmp_path)
+    (name,) = published(place, folders[:1])
+    fetched = threading.Semaphore(0)
+
+    def count(stage: str, done: int, total: int) -> None:
+        if done == total:
+            fetched.release()
+
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: place.open().fetch(name, tmp_path / "cache", count), range(4)))
+    assert len(set(paths)) == 1
+    assert fetched.acquire(blocking=False)
+    assert not fetched.acquire(blocking=False), "downloaded more than once"
+
+
+def test_redis_holds_little_more_than_the_bytes_of_a_release(folders: list[Path], tmp_path: Path) -> None:
+    with running_redis() as server, Redis.from_url(server.url) as client:
+        before = int(client.info("memory")["used_memory"])
+        published(Place(f"{server.url}?prefix=size", tmp_path), folders[:1])
+        used = int(client.info("memory")["used_memory"]) - before
+    assert used < 1.05 * read_release(folders[0]).size_bytes

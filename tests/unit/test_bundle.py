@@ -28,14 +28,18 @@ HEADS = [
 ]
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_bundle(tmp_path / "bundle", SPEC, HEADS[0], warmup=[{"candidates": [10]}], calibration={"a": 1.0, "b": 0.5})
+    return write_bundle(
+        tmp_path / "bundle", SPEC, HEADS[0], warmup=[{"candidates": [10]}], calibration={"a": 1.0, "b": 0.5}
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_bundle_opens_as_it_was_written(tmp_path: Path, head: HeadSpec) -> None:
-    bundle = open_bundle(write_bundle(tmp_path / "bundle", SPEC, head, warmup=[{"candidates": [10]}], calibration={"a": 1.0, "b": 0.5}))
+    bundle = open_bundle(
+        write_bundle(tmp_path / "bundle", SPEC, head, warmup=[{"candidates": [10]}], calibration={"a": 1.0, "b": 0.5})
+    )
     assert bundle.head == head
     assert bundle.spec == SPEC
     assert bundle.warmup == [{"candidates": [10]}]
@@ -45,7 +49,9 @@ def test_a_bundle_opens_as_it_was_written(tmp_path: Path, head: HeadSpec) -> Non
 
 
 def test_the_id_names_the_content(tmp_path: Path) -> None:
-    ids = [open_bundle(write_bundle(tmp_path / str(i), SPEC, HEADS[0], seed=seed)).id for i, seed in enumerate((1, 1, 2))]
+    ids = [
+        open_bundle(write_bundle(tmp_path / str(i), SPEC, HEADS[0], seed=seed)).id for i, seed in enumerate((1, 1, 2))
+    ]
     assert ids[0] == ids[1] != ids[2]
 
 
@@ -80,7 +86,7 @@ def test_an_edited_manifest_is_refused(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["head"]["scale"] = 3.0
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="manifest.json has changed"):
+    with pytest.raises(BundleError, match=r"manifest\.json has changed"):
         open_bundle(folder)
 
 
@@ -103,7 +109,7 @@ def test_towers_of_another_shape_are_refused(folder: Path) -> None:
     manifest = open_manifest(folder)
     manifest["head"]["dim"] = 16
     seal_bundle(folder, {key: value for key, value in manifest.items() if key != "id"})
-    with pytest.raises(BundleError, match="user.onnx maps 1 to 16, the manifest says 1 to 32"):
+    with pytest.raises(BundleError, match=r"user\.onnx maps 1 to 16, the manifest says 1 to 32"):
         open_bundle(folder).user_tower()
 
 

@@ -65,7 +65,9 @@ ITEM_ROW = st.fixed_dictionaries(
 
 @settings(max_examples=200)
 @given(users=st.lists(USER_ROW, max_size=5), items=st.lists(ITEM_ROW, max_size=5))
-def test_columns_and_rows_are_encoded_alike(spec: FeatureSpec, users: list[dict[str, Any]], items: list[dict[str, Any]]) -> None:
+def test_columns_and_rows_are_encoded_alike(
+    spec: FeatureSpec, users: list[dict[str, Any]], items: list[dict[str, Any]]
+) -> None:
     for tower, rows in (("user", users), ("item", items)):
         names = {name for row in rows for name in row}
         columns = {name: as_object_array([row.get(name) for row in rows]) for name in names}

@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kernel", "model", "cache", "service", "loadtest")
-SOURCES = sorted(path for room in (*ROOMS, "client", "experiments", "benchmarks") for path in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(
+    path for room in (*ROOMS, "client", "experiments", "benchmarks") for path in (ROOT / room).rglob("*.py")
+)
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 MAY_IMPORT = {  # the arrow: model -> cache -> service, kernel lies under all
@@ -37,7 +39,10 @@ ONE_DOOR = {  # third-party engine: where alone it may be imported
     "locust": ("loadtest/",),
     "lightgbm": ("model/teacher.py",),
 }
-TORCH_ROOMS = ("model/layers.py", "model/networks.py", "model/losses.py", "model/train.py", "model/export.py", "model/evaluate.py")
+TORCH_ROOMS = tuple(
+    f"model/{room}.py"
+    for room in ("layers", "networks", "losses", "scoring", "checkpoint", "train", "evaluate", "export")
+)
 
 
 def name(path: Path) -> str:
@@ -77,7 +82,11 @@ def test_only_settings_reads_the_environment(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_only_command_lines_print(path: Path) -> None:
-    command_line = path.name in ("cli.py", "__main__.py") or path.relative_to(ROOT).parts[0] in ("loadtest", "experiments", "benchmarks")
+    command_line = path.name in ("cli.py", "__main__.py") or path.relative_to(ROOT).parts[0] in (
+        "loadtest",
+        "experiments",
+        "benchmarks",
+    )
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     assert command_line or not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
 
@@ -88,7 +97,11 @@ def test_no_drawers_no_pickle_no_swallowed_errors(path: Path) -> None:
     roots = {module.split(".")[0] for module in imports(path)}
     assert not roots & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ExceptHandler) and isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException"):
+        if (
+            isinstance(node, ast.ExceptHandler)
+            and isinstance(node.type, ast.Name)
+            and node.type.id in ("Exception", "BaseException")
+        ):
             assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), "an error is swallowed"
 
 
@@ -134,8 +147,11 @@ def test_import_names_are_ours_alone(room: str) -> None:
 
 
 def test_the_serving_path_never_imports_torch() -> None:
-    blocked = "import sys; [sys.modules.__setitem__(m, None) for m in ('torch', 'lightgbm', 'polars', 'onnx', 'scipy', 'locust')]; "
-    script = blocked + "import service.app, service.cli, cache.embed, cache.cli, model.cli"
+    heavy = ("torch", "lightgbm", "onnx", "scipy", "locust")
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({heavy})); "
+        + "import service.app, service.cli, cache.embed, cache.cli, model.cli"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

@@ -15,7 +15,9 @@ SHAPES = [(1, 1, 8), (2, 1, 12), (1, 3, 32), (4, 4, 32), (8, 3, 64), (3, 8, 100)
 COUNTS = [0, 1, 15, 16, 17, 33]
 
 
-def make(kind: HeadKind, hu: int, hi: int, d: int, n: int, bias: bool = True) -> tuple[HeadSpec, np.ndarray, np.ndarray]:
+def make(
+    kind: HeadKind, hu: int, hi: int, d: int, n: int, bias: bool = True
+) -> tuple[HeadSpec, np.ndarray, np.ndarray]:
     head = HeadSpec(kind=kind, user_heads=hu, item_heads=hi, dim=d, scale=2.5, item_bias=bias)
     rng = np.random.default_rng([hu, hi, d, n])
     return head, rng.normal(size=head.user_size).astype("f4"), rng.normal(size=(n, head.item_size)).astype("f4")
@@ -54,7 +56,12 @@ def test_scores_equal_the_equations(kind: HeadKind, shape: tuple[int, int, int],
     head, user, items = make(kind, *shape, count)
     expected = np.array([score_by_loops(head, user, item) for item in items])
     np.testing.assert_allclose(score_oracle(head, user, items), expected, rtol=1e-12, atol=1e-12)
-    bound = 1e-5 * head.user_heads * head.scale * (1 if kind == "cross_attention" else max(1.0, np.abs(expected).max(initial=1)))
+    bound = (
+        1e-5
+        * head.user_heads
+        * head.scale
+        * (1 if kind == "cross_attention" else max(1.0, np.abs(expected).max(initial=1)))
+    )
     found = score(head, user, items)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max(initial=0) <= bound
@@ -80,7 +87,9 @@ def test_explained_similarities_add_up_to_the_score(kind: HeadKind) -> None:
     assert winner.shape == similarity.shape == (20, 4)
     assert winner.min() >= 0
     assert winner.max() < 3
-    np.testing.assert_allclose(similarity.sum(1) * head.scale + items[:, -1], score(head, user, items), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        similarity.sum(1) * head.scale + items[:, -1], score(head, user, items), rtol=1e-4, atol=1e-4
+    )
     assert explain(head, user, items[:0])[0].shape == (0, 4)
 
 

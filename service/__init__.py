@@ -1,0 +1,1 @@
+"""Answer ranking requests over HTTP from one immutable release at a time."""

@@ -1,0 +1,70 @@
+"""Let a bounded number of requests in, make a bounded number wait, refuse the rest at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+from service.errors import Busy, DeadlineExceeded
+
+RETRY_AFTER_S = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """The right to work on one request. Whoever works takes it as an argument, so that it cannot be forgotten."""
+
+    arrived_ns: int  # perf_counter_ns when the request came
+
+    def check_deadline(self, deadline_ms: int | None) -> None:
+        """Raise DeadlineExceeded when more than `deadline_ms` have passed since the request came."""
+        spent_ms = (perf_counter_ns() - self.arrived_ns) / 1e6
+        if deadline_ms is not None and spent_ms > deadline_ms:
+            raise DeadlineExceeded(
+                f"{spent_ms:.1f} ms passed before scoring, deadline_ms is {deadline_ms}",
+                field="deadline_ms",
+                remedy="allow more time, send fewer candidates, or add replicas",
+            )
+
+
+class Admission:
+    """The door of one event loop: `in_flight` requests at work, `queue` waiting in the order of their coming."""
+
+    def __init__(self, *, in_flight: int, queue: int) -> None:
+        self._slots = asyncio.Semaphore(in_flight)
+        self._queue = queue
+        self.waiting = 0
+        self.working = 0
+
+    def check_room(self) -> None:
+        """Raise Busy when no more requests may wait."""
+        if self.waiting >= self._queue:
+            raise Busy(
+                f"{self.working} requests are at work and {self.waiting} wait",
+                remedy=f"try again after {RETRY_AFTER_S} s, add replicas, or raise RANKTOWER_MAX_QUEUE",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    @asynccontextmanager
+    async def admit(self, arrived_ns: int) -> AsyncIterator[Permit]:
+        """Wait for a slot and hold it. Raises Busy at once when the queue is full.
+
+        Requests that came in the same turn of the event loop all stand in the queue before the first is let in, because
+        work runs inline and a loop that never turns would never see a crowd.
+        """
+        self.check_room()
+        self.waiting += 1
+        try:
+            await asyncio.sleep(0)
+            await self._slots.acquire()
+        finally:
+            self.waiting -= 1
+        self.working += 1
+        try:
+            yield Permit(arrived_ns)
+        finally:
+            self.working -= 1
+            self._slots.release()

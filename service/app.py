@@ -1,0 +1,309 @@
+"""The HTTP service: routes, the bodies they read, the headers they send, and what starts and stops with them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from time import perf_counter, perf_counter_ns
+from typing import Annotated, Any
+
+import orjson
+from fastapi import FastAPI, Query
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cache.store import ReleaseStore, open_store
+from model.errors import RankTowerError
+from service import problems
+from service.admission import Admission, Permit
+from service.answers import Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
+from service.errors import BodyTooLarge, UnsupportedBody
+from service.openapi import describe, documented
+from service.ranker import KERNEL, Ranker
+from service.refresh import Refresher
+from service.settings import Settings, load_settings
+from service.telemetry import StageClock, Telemetry
+
+JSON = "application/json"
+MAX_SAMPLE = 100_000
+REQUEST_NS = 200_000  # what a ranking costs whatever its candidates: decoding, encoding, the user tower
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """What the routes of one process share."""
+
+    def __init__(self, settings: Settings, store: ReleaseStore) -> None:
+        self.settings = settings
+        self.telemetry = Telemetry()
+        self.limits = Limits(max_candidates=settings.max_candidates, max_batch=settings.max_batch)
+        self.store = store
+        self.draining = False
+        self.refresher = Refresher(
+            store,
+            settings.cache_dir,
+            retrieval=settings.retrieval,
+            refresh_s=settings.refresh_s,
+            on_swap=self._announce,
+            on_failure=self.telemetry.refresh_failures.inc,
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Load and watch releases while the application runs; unready first, then drained, then stopped."""
+        self.admission = Admission(in_flight=self.settings.max_in_flight, queue=self.settings.max_queue)
+        self.pool = ThreadPoolExecutor(self.settings.pool_threads, thread_name_prefix="rank")
+        self.refresher.start()
+        restore = self._drain_on_sigterm()
+        try:
+            yield
+        finally:
+            self.draining = True
+            restore()
+            self.pool.shutdown()
+            await asyncio.get_running_loop().run_in_executor(None, self.refresher.stop)
+            self.store.close()
+
+    async def answer(self, request: Request, answerer: Answerer) -> Response:
+        """Read the body, wait for a permit, answer on the event loop or, where that takes long, in the pool."""
+        arrived_ns = perf_counter_ns()
+        self.admission.check_room()
+        _check_json(request)
+        body = await _read(request, self.settings.max_body_bytes)
+        clock = StageClock()
+        async with self.admission.admit(arrived_ns) as permit:
+            clock.lap("queue")
+            ranker = self.refresher.ranker()
+            answer = await self._work(answerer, permit, ranker, body, clock)
+        self._count(answer, clock)
+        headers = {"Server-Timing": clock.header(), "X-RankTower-Release": answer.release}
+        return Response(answer.body, media_type=JSON, headers=headers)
+
+    async def _work(self, answerer: Answerer, permit: Permit, ranker: Ranker, body: bytes, clock: StageClock) -> Answer:
+        """Commas bound the candidates of a body from above, so the choice of a thread comes before any decoding."""
+        cost_ns = REQUEST_NS * max(1, body.count(b'"candidates"')) + ranker.candidate_ns * body.count(b",")
+        searches = answerer is answer_retrieve  # as long as the index is large, which the body does not tell
+        if cost_ns <= self.settings.inline_ms * 1e6 and not searches:
+            return answerer(permit, ranker, body, self.limits, clock)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.pool, answerer, permit, ranker, body, self.limits, clock)
+
+    def _count(self, answer: Answer, clock: StageClock) -> None:
+        self.telemetry.observe_stages(clock)
+        for ranking in answer.rankings:
+            self.telemetry.candidates.observe(ranking.candidates)
+            self.telemetry.missing.inc(len(ranking.missing))
+            self.telemetry.unknown_users.inc(ranking.user_known is False)
+
+    def state(self) -> dict[str, Any]:
+        """`schema.Ready`."""
+        standing = self.refresher.standing
+        staleness_s = standing.staleness_s()
+        return {
+            "ready": standing.ranker is not None and not self.draining,
+            "release": standing.ranker.release if standing.ranker else None,
+            "bundle": standing.ranker.bundle.id if standing.ranker else None,
+            "kernel": KERNEL,
+            "draining": self.draining,
+            "users": standing.users,
+            "store": {
+                "url": self.store.url,
+                "reachable": standing.reachable,
+                "staleness_s": None if staleness_s is None else round(staleness_s, 3),
+                "failure": standing.failure,
+                "failures": standing.failures,
+            },
+        }
+
+    def _announce(self, ranker: Ranker) -> None:
+        first = self.refresher.standing.swaps == 1
+        head = ranker.head
+        log.info(
+            "%s release %s: %d items, %d users, %s %dx%dx%d%s",
+            "RankTower is ready at " + self.settings.url + " with" if first else "now serving",
+            ranker.release,
+            len(ranker.items),
+            len(ranker.users) if ranker.users else 0,
+            *(head.kind, head.user_heads, head.item_heads, head.dim),
+            ", retrieval on" if ranker.index else "",
+        )
+        self.telemetry.serve_release(ranker.release, ranker.bundle.id)
+
+    def _drain_on_sigterm(self) -> Callable[[], None]:
+        """Turn unready at SIGTERM and let the server stop `drain_s` later; returns what undoes this."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        stop, loop = signal.getsignal(signal.SIGTERM), asyncio.get_running_loop()
+        if not callable(stop):
+            return lambda: None
+
+        def begin() -> None:
+            self.draining = True
+            log.info("draining for %g s, then stopping", self.settings.drain_s)
+            loop.call_later(self.settings.drain_s, stop, signal.SIGTERM, None)
+
+        def restore() -> None:
+            signal.signal(signal.SIGTERM, stop)
+
+        signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(begin))
+        return restore
+
+
+async def _read(request: Request, limit_bytes: int) -> bytes:
+    """The whole body. Raises BodyTooLarge as soon as it is known to be, before reading it where it says so itself."""
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) > limit_bytes:
+        raise _too_large(announced[:20], limit_bytes)
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit_bytes:
+            raise _too_large(f"more than {limit_bytes}", limit_bytes)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(size: str, limit_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"the body has {size} octets, this service takes {limit_bytes}",
+        remedy="send fewer candidates a request, or raise RANKTOWER_MAX_BODY_BYTES",
+    )
+
+
+def _check_json(request: Request) -> None:
+    """Raise UnsupportedBody unless the body is plain JSON in UTF-8."""
+    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    charset = parameters.strip().lower().replace('"', "")
+    if media_type.strip().lower() != JSON or charset not in ("", "charset=utf-8"):
+        raise UnsupportedBody(
+            f"Content-Type is {request.headers.get('content-type', 'absent')[:80]}",
+            field="Content-Type",
+            remedy=f"send {JSON}",
+        )
+    if encoding := request.headers.get("content-encoding"):
+        raise UnsupportedBody(
+            f"Content-Encoding is {encoding[:80]}", field="Content-Encoding", remedy="send the body without encoding"
+        )
+
+
+class Observed:
+    """Count and time every answer, by the route's template: an unknown path is one label, whatever it was."""
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+        self.app, self.telemetry = app, telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = perf_counter(), 500
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self.telemetry.requests.labels(route, str(status)).inc()
+            self.telemetry.request_seconds.labels(route).observe(perf_counter() - start)
+
+
+def create_app(settings: Settings, store: ReleaseStore | None = None) -> FastAPI:
+    """The application over the store that the settings name, or over the given one."""
+    service = Service(settings, store or open_store(settings.store))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    app = FastAPI(lifespan=lifespan, redirect_slashes=False, redoc_url=None)
+    app.state.service = service
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    app.add_middleware(Observed, telemetry=service.telemetry)
+    for kind in (RankTowerError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _refuse)
+    _add_answers(app, service)
+    _add_state(app, service)
+    return app
+
+
+def from_environment() -> FastAPI:
+    """The factory that worker processes call."""
+    return create_app(load_settings())
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    return problems.problem_of(request, error)
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    """The routes that rank."""
+
+    @app.post("/v1/rank", **documented("rank"))
+    async def rank(request: Request) -> Response:
+        """Rank candidates for one user."""
+        return await service.answer(request, answer_rank)
+
+    @app.post("/v1/rank:batch", **documented("batch"))
+    async def rank_batch(request: Request) -> Response:
+        """Rank for several users in one request."""
+        return await service.answer(request, answer_batch)
+
+    @app.post("/v1/retrieve", **documented("retrieve"))
+    async def retrieve(request: Request) -> Response:
+        """Find the best items of the whole catalogue for one user."""
+        return await service.answer(request, answer_retrieve)
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    """The routes that tell what is served and how it fares."""
+
+    @app.get("/v1/release", **documented("release"))
+    async def release() -> Response:
+        """What is served: release, head, network, counts, metrics."""
+        return Response(orjson.dumps(service.refresher.ranker().describe()), media_type=JSON)
+
+    @app.get("/v1/sample", **documented("sample"))
+    async def sample(
+        items: Annotated[int, Query(ge=0, le=MAX_SAMPLE)] = 100,
+        users: Annotated[int, Query(ge=0, le=MAX_SAMPLE)] = 0,
+        seed: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+    ) -> Response:
+        """Ids drawn from the current release, for load tests and demonstrations."""
+        ranker = service.refresher.ranker()
+        drawn = await asyncio.get_running_loop().run_in_executor(service.pool, ranker.sample, items, users, seed)
+        document = {"release": ranker.release, "items": drawn[0], "users": drawn[1]}
+        return Response(orjson.dumps(document), media_type=JSON)
+
+    @app.get("/livez", **documented("livez"))
+    async def livez() -> Response:
+        """Whether the process answers at all."""
+        return Response(b'{"alive":true}', media_type=JSON)
+
+    @app.get("/readyz", **documented("readyz"))
+    async def readyz(request: Request) -> Response:
+        """Whether a release is loaded and the process is not on its way out, and how it stands with its store."""
+        state = service.state()
+        if state["ready"]:
+            return Response(orjson.dumps(state), media_type=JSON)
+        return problems.not_ready(request, state)
+
+    @app.get("/metrics", **documented("metrics"))
+    async def metrics() -> Response:
+        """Metrics in the Prometheus text format."""
+        staleness_s = service.refresher.standing.staleness_s()
+        return Response(service.telemetry.render(staleness_s), media_type=CONTENT_TYPE_LATEST)

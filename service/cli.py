@@ -1,0 +1,153 @@
+"""The command `ranktower`: the verbs of model and cache, and serve and rank. Heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cache.cli import app as cache_app
+from model.cli import app as model_app
+from model.errors import RankTowerError
+
+if TYPE_CHECKING:
+    from service.ranker import Ranker, Ranking
+
+app = typer.Typer(
+    name="ranktower",
+    help="The pre-ranking stage of a recommender cascade: learn, publish, serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(model_app)
+app.add_typer(cache_app)
+
+DEFAULT_STORE = "file://./var/releases"
+
+
+@app.command()
+def serve(
+    store: Annotated[str | None, typer.Option(help="URL of the release store.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder for what a remote store sends.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; all map the same files.")] = None,
+    retrieval: Annotated[bool | None, typer.Option(help="Load the index and answer /v1/retrieve.")] = None,
+    max_candidates: Annotated[int | None, typer.Option(help="Most candidates of one ranking.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most rankings of one batch.")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Largest body.")] = None,
+    max_in_flight: Annotated[int | None, typer.Option(help="Requests at work at the same time, by worker.")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Requests waiting; more get 429.")] = None,
+    pool_threads: Annotated[int | None, typer.Option(help="Threads for large requests.")] = None,
+    inline_ms: Annotated[float | None, typer.Option(help="Estimated work up to which the event loop does it.")] = None,
+    refresh_s: Annotated[float | None, typer.Option(help="Longest time between two looks at the store.")] = None,
+    drain_s: Annotated[float | None, typer.Option(help="After SIGTERM, unready but answering for so long.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Answer requests from the store's current release, and follow it. Every flag is also RANKTOWER_<NAME>."""
+    given = dict(locals())
+    from service.run import run
+    from service.settings import load_settings
+
+    run(load_settings(**given))
+
+
+@app.command()
+def rank(
+    store: Annotated[str, typer.Option(help="URL of the release store.")] = DEFAULT_STORE,
+    cache_dir: Annotated[Path, typer.Option(help="Folder for what a remote store sends.")] = Path("var/cache"),
+    user_id: Annotated[str | None, typer.Option(help="A user of the user table.")] = None,
+    candidates: Annotated[str | None, typer.Option(help="Item ids with commas between them.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="File with a body as for POST /v1/rank; - for standard input.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Items to print.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Add the item head that each user head chose.")] = False,
+) -> None:
+    """Rank one request here, without a server, and print a table."""
+    ranker = _current(store, cache_dir)
+    body = _body(json, ranker, user_id=user_id, candidates=candidates, top_k=top_k, explain=explain)
+    _print(ranker.rank(ranker.decoders.rank(body)))
+
+
+def _current(store: str, cache_dir: Path) -> Ranker:
+    """The store's current release with its users."""
+    from cache.errors import StoreError
+    from cache.store import open_store
+    from service.ranker import Ranker
+
+    opened = open_store(store)
+    release = opened.current()
+    if release is None:
+        raise StoreError(f"{opened.url} holds no current release: run `ranktower publish --store {opened.url}`")
+    ranker = Ranker.open(opened.fetch(release, cache_dir))
+    return ranker.with_users(opened.fetch_users(ranker.spec.id, cache_dir))
+
+
+def _body(json: Path | None, ranker: Ranker, **given: Any) -> bytes:
+    """The request: the JSON as it is, or one made of flags, with ids read as the release has them."""
+    import orjson
+
+    from service.errors import RequestError
+
+    if json is not None:
+        if given["user_id"] or given["candidates"]:
+            raise RequestError("--json is a whole request", remedy="leave out --user-id and --candidates")
+        try:
+            return sys.stdin.buffer.read() if str(json) == "-" else json.read_bytes()
+        except OSError as error:
+            raise RequestError(f"{json} cannot be read ({error.strerror})", remedy="name a file, or -") from error
+    if given["candidates"] is None:
+        raise RequestError("there are no candidates", remedy="give --candidates 1,2,3 or --json body.json")
+    document: dict[str, Any] = {
+        "candidates": [_id(text, ranker.spec.item_id_type) for text in given["candidates"].split(",") if text],
+        "user_id": None if given["user_id"] is None else _id(given["user_id"], ranker.spec.user_id_type),
+        "top_k": given["top_k"],
+        "explain": given["explain"],
+    }
+    return orjson.dumps(document)
+
+
+def _id(text: str, kind: str) -> int | str:
+    """What cannot be an integer stays text: the decoder says what is wrong with it."""
+    try:
+        return int(text) if kind == "int" and abs(int(text)) < 2**63 else text.strip()
+    except ValueError:
+        return text.strip()
+
+
+def _print(ranking: Ranking) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    known = {None: "", True: ", user known", False: ", user not in the user table"}[ranking.user_known]
+    table = Table(title=f"release {ranking.release}{known}", title_justify="left", box=None)
+    for name in ("", "id", "score", "probability", "item heads"):
+        table.add_column(name, justify="right")
+    heads = [] if ranking.explanation is None else ranking.explanation.item_heads.tolist()
+    for place, (item, score) in enumerate(zip(ranking.ids, ranking.scores.tolist(), strict=True)):
+        known_item = score == score
+        probability = ranking.probabilities[place] if ranking.probabilities is not None and known_item else None
+        table.add_row(
+            str(place + 1),
+            str(item),
+            f"{score:.4f}" if known_item else "unknown",
+            "" if probability is None else f"{probability:.4f}",
+            " ".join(map(str, heads[place])) if place < len(heads) else "",
+        )
+    Console(highlight=False).print(table)
+
+
+def main() -> None:
+    """Run a verb; what a user can mend is one line and exit code 2."""
+    try:
+        app()
+    except RankTowerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The OpenAPI document: `schema.py` on the routes of `app.py`. `python -m service.openapi FILE` writes it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service import problems, schema
+
+VERSION = "1"
+REFERENCE = "#/components/schemas/{model}"
+TIMING = "Milliseconds by stage: queue, decode, encode, user, score, topk, respond."
+
+
+class Operation(NamedTuple):
+    """What one route reads and sends."""
+
+    answer: type[BaseModel] | None  # None: plain text
+    body: type[BaseModel] | None = None
+    refusals: tuple[int, ...] = ()
+
+
+RANKING = (409, 413, 415, 422, 429, 503, 504)
+OPERATIONS = {
+    "rank": Operation(schema.RankAnswer, schema.RankBody, tuple(s for s in RANKING if s != 409)),
+    "batch": Operation(schema.BatchAnswer, schema.BatchBody, tuple(s for s in RANKING if s != 409)),
+    "retrieve": Operation(schema.RankAnswer, schema.RetrieveBody, RANKING),
+    "release": Operation(schema.ReleaseAnswer, refusals=(503,)),
+    "sample": Operation(schema.Sample, refusals=(422, 503)),
+    "livez": Operation(schema.Alive),
+    "readyz": Operation(schema.Ready, refusals=(503,)),
+    "metrics": Operation(None),
+}
+
+
+def documented(name: str) -> dict[str, Any]:
+    """Arguments of a route: its name and its exact documentation."""
+    operation = OPERATIONS[name]
+    extra: dict[str, Any] = {"responses": {"200": _success(operation)}}
+    for status in operation.refusals:
+        extra["responses"][str(status)] = _refusal(status)
+    if operation.body:
+        content = {"application/json": {"schema": _reference(operation.body)}}
+        extra["requestBody"] = {"required": True, "content": content}
+    return {"operation_id": name, "openapi_extra": extra, "response_model": None}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The whole document."""
+    document = get_openapi(
+        title="RankTower",
+        version=VERSION,
+        summary="The pre-ranking stage of a recommender cascade.",
+        description="Every error is a problem document (RFC 9457) that names field and remedy. See docs/api.md.",
+        routes=app.routes,
+    )
+    models = {model for o in OPERATIONS.values() for model in (o.answer, o.body) if model} | {schema.Problem}
+    ordered = sorted(models, key=lambda model: model.__name__)
+    _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=REFERENCE)
+    document["components"] = {"schemas": definitions["$defs"]}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            _drop_defaults(operation)
+    return document
+
+
+def _drop_defaults(operation: dict[str, Any]) -> None:
+    """FastAPI adds its own 422 to routes with parameters; ours is a problem."""
+    responses = operation["responses"]
+    if "application/json" in responses.get("422", {}).get("content", {}):
+        responses["422"] = _refusal(422)
+
+
+def _success(operation: Operation) -> dict[str, Any]:
+    if operation.answer is None:
+        return {"description": "Metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    response: dict[str, Any] = {
+        "description": (operation.answer.__doc__ or "").splitlines()[0],
+        "content": {"application/json": {"schema": _reference(operation.answer)}},
+    }
+    if operation.body:
+        text = {"type": "string"}
+        response["headers"] = {
+            "Server-Timing": {"description": TIMING, "schema": text},
+            "X-RankTower-Release": {"description": "The release that answered.", "schema": text},
+        }
+    return response
+
+
+def _refusal(status: int) -> dict[str, Any]:
+    titles = sorted({kind.title for kind in problems.KINDS.values() if kind.status == status})
+    response: dict[str, Any] = {
+        "description": "; ".join(titles),
+        "content": {problems.MEDIA_TYPE: {"schema": _reference(schema.Problem)}},
+    }
+    if status == 429:
+        response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    return response
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REFERENCE.format(model=model.__name__)}
+
+
+def render() -> str:
+    """The document as committed in docs/openapi.json."""
+    from service.app import create_app
+    from service.settings import Settings
+
+    return json.dumps(create_app(Settings()).openapi(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(render(), encoding="utf-8")

@@ -1,0 +1,177 @@
+"""Keep the served release current: watch the store, try out what is new off the request path, swap one reference."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from cache.release import drop_cached
+from cache.store import ReleaseStore
+from model.errors import RankTowerError
+from service.errors import NotReady
+from service.ranker import Ranker
+
+STORE_PAUSE_S = 1.0  # before asking a store again that did not answer
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before trying a release again that was refused
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a replica stands: what it serves and how it gets on with its store. Replaced as a whole."""
+
+    ranker: Ranker | None = None
+    users: str | None = None  # version of the user table
+    swaps: int = 0  # how often a release or a user table was taken over
+    reachable: bool = False  # whether the store answered when last asked
+    contact_s: float | None = None  # monotonic time of the store's last answer
+    failure: str | None = None  # why the last attempt failed; None once one has succeeded
+    failures: int = 0
+
+    def staleness_s(self) -> float | None:
+        """Seconds since the store last answered; None before it ever did."""
+        return None if self.contact_s is None else monotonic() - self.contact_s
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Which release was refused, and when to try it again; another one may be tried at once."""
+
+    release_id: str | None = None
+    at_s: float = 0.0
+    pause_s: float = 0.0
+
+    def allows(self, release_id: str | None) -> bool:
+        return release_id != self.release_id or monotonic() >= self.at_s
+
+    def later(self, release_id: str | None) -> Retry:
+        again = release_id == self.release_id and self.pause_s > 0
+        pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S) if again else FIRST_PAUSE_S
+        return Retry(release_id, monotonic() + pause_s, pause_s)
+
+
+class Refresher:
+    """A background thread that owns the one reference to the current Ranker.
+
+    Whatever fails, the old release serves on and the reason is in `standing`, the log and `on_failure`.
+    """
+
+    def __init__(
+        self,
+        store: ReleaseStore,
+        cache_dir: Path,
+        *,
+        retrieval: bool = False,
+        refresh_s: float = 1.0,
+        on_swap: Callable[[Ranker], None] = lambda ranker: None,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store, self._cache_dir, self._retrieval, self._refresh_s = store, cache_dir, retrieval, refresh_s
+        self._on_swap, self._on_failure = on_swap, on_failure
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
+        self._retry = Retry()
+        self._changed = threading.Condition()
+        self.standing = Standing()
+
+    def ranker(self) -> Ranker:
+        """The current Ranker. Raises NotReady while there is none."""
+        ranker = self.standing.ranker
+        if ranker is None:
+            reason = self.standing.failure or f"{self._store.url} holds no current release yet"
+            raise NotReady(f"no release is loaded: {reason}", remedy="publish one; this service picks it up")
+        return ranker
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end and wait until it has, for as long as one look at the store may take."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=self._refresh_s + 5.0)
+
+    def wait_until(self, reached: Callable[[Standing], bool], timeout_s: float) -> bool:
+        """Block until the standing is such, or the time is up; returns whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: reached(self.standing), timeout_s)
+
+    def _stand(self, **changes: Any) -> None:
+        with self._changed:
+            self.standing = replace(self.standing, **changes)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        seen: str | None = None
+        while not self._stopping.is_set():
+            try:
+                seen = self._store.wait(seen, self._refresh_s)
+            except Exception as error:  # whatever the store's client raises, this thread lives on
+                self._stand(reachable=False)
+                self._record(error)
+                self._stopping.wait(STORE_PAUSE_S)
+                continue
+            self._stand(contact_s=monotonic(), reachable=True)
+            self._try(seen)
+
+    def _try(self, release_id: str | None) -> None:
+        try:
+            if self._retry.allows(release_id):
+                self.take_over(release_id)
+                self._retry = Retry()
+            else:
+                self.follow_users()
+        except Exception as error:  # the old release serves on
+            self._record(error)
+            self._retry = self._retry.later(release_id)
+
+    def take_over(self, release_id: str | None) -> None:
+        """Serve this release with the user table that fits it; does nothing where both are served already.
+
+        Raises whatever refuses the release or the table; what was served is served still.
+        """
+        serving = self.standing.ranker
+        if serving is not None and serving.release == release_id:
+            self.follow_users()
+        elif release_id is not None:  # a store without any release has lost all it had: that deletes no users here
+            folder = self._store.fetch(release_id, self._cache_dir)
+            ranker = Ranker.open(folder, retrieval=self._retrieval)
+            ranker.check()
+            if self._cache_dir.is_dir():  # what serves stays until the next one comes: a rollback finds it here
+                drop_cached(self._cache_dir, {release_id} | ({serving.release} if serving else set()))
+            self._swap(ranker, self._store.users_version(ranker.spec.id))
+        if self.standing.failure is not None:
+            self._stand(failure=None)
+
+    def follow_users(self) -> None:
+        """Take the current user table of what is served, or none where it was deleted."""
+        ranker = self.standing.ranker
+        if ranker is None:
+            return
+        version = self._store.users_version(ranker.spec.id)
+        if version != self.standing.users:
+            self._swap(ranker, version)
+
+    def _swap(self, ranker: Ranker, users: str | None) -> None:
+        """Serve the ranker over this version of the user table, once it has answered its recorded requests."""
+        table = self._store.fetch_users(ranker.spec.id, self._cache_dir) if users else None
+        ranker = ranker.with_users(table)
+        ranker.warm_up()
+        self._stand(ranker=ranker, users=users, swaps=self.standing.swaps + 1)
+        self._on_swap(ranker)
+
+    def _record(self, error: Exception) -> None:
+        ranker = self.standing.ranker
+        serving = ranker.release if ranker else "nothing"
+        if isinstance(error, RankTowerError):
+            log.warning("refresh failed, serving %s: %s", serving, error)
+        else:
+            log.exception("refresh failed, serving %s", serving)
+        self._stand(failure=str(error) or type(error).__name__, failures=self.standing.failures + 1)
+        self._on_failure()

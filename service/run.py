@@ -1,0 +1,77 @@
+"""Run the service: listen on the address, then one process, or a supervisor and its workers on the same socket."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from typing import Any
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from service.app import create_app
+from service.errors import SettingsError
+from service.settings import Settings
+
+FACTORY = "service.app:from_environment"  # workers import it
+BACKLOG = 2048  # connections that the kernel keeps for us
+STOP_WITHIN_S = 10  # for requests that are still at work when the server stops
+LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises SettingsError when the address cannot be had."""
+    listener = listen(settings.host, settings.port)
+    settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+    if settings.workers == 1:
+        uvicorn.Server(_config(create_app(settings), settings)).run(sockets=[listener])
+        return
+    metrics = settings.share()
+    try:
+        Multiprocess(_config(FACTORY, settings), sockets=[listener]).run()
+    finally:
+        shutil.rmtree(metrics, ignore_errors=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises SettingsError when the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SettingsError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error})",
+            field="port",
+            remedy="choose another --host or --port, or end what listens there",
+        ) from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def _config(app: Any, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        factory=app == FACTORY,
+        workers=settings.workers,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        log_config=log_config(settings.log_level),
+        timeout_graceful_shutdown=STOP_WITHIN_S,
+    )
+
+
+def log_config(level: str) -> dict[str, Any]:
+    """One format for all loggers, on stderr; uvicorn applies it in every worker."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": LINE}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
+        "root": {"level": level.upper(), "handlers": ["stderr"]},
+        "loggers": {name: {"level": "WARNING"} for name in ("uvicorn", "faiss.loader")},
+    }

@@ -1,0 +1,188 @@
+"""The wire format on record: what the API documents and what any faster decoder must equal.
+
+`wire.py` decodes and encodes on the request path; a test shows that it accepts, refuses and reads generated bodies
+exactly as these models do. Null stands for an absent value wherever one may be left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+ID_LENGTH = 1024  # characters of a string id; a snapshot holds none of more bytes
+TOP_K = 100  # items of an answer, unless asked otherwise
+PER_HEAD = 200  # items that each user head brings to a retrieval, unless asked otherwise
+MAX_PER_HEAD = 10_000
+DEADLINE_MS = 3_600_000  # the longest deadline
+
+
+def _not_an_integer(value: Any) -> Any:
+    if not isinstance(value, float):
+        raise ValueError("not a fractional number")
+    return value
+
+
+Int64 = Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX)]
+Float = Annotated[float, BeforeValidator(_not_an_integer, json_schema_input_type=float), Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=ID_LENGTH)]
+Scalar = bool | Int64 | Float | str | None
+Fields = dict[str, Scalar | list[Scalar]]
+OnMissing = Literal["last", "drop", "error"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class UserBody(_Record):
+    """Who asks."""
+
+    user_id: Int64 | Text | None = Field(
+        None, description="A known id fills the user's fields from the user table. Type: the release's `user_id_type`."
+    )
+    user: Fields | None = Field(
+        None, description="Fields of the user by name, each in place of what the table holds; null is a missing value."
+    )
+    context: Fields | None = Field(None, description="Fields of this request by name (hour, device, scenario).")
+    history: list[Int64] | list[Text] | None = Field(
+        None, description="Ids of the items that the user took, oldest first, in place of what the table holds."
+    )
+    top_k: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = Field(
+        None, description=f"Items to answer with, at most; {TOP_K} where absent."
+    )
+    explain: bool | None = Field(None, description="Say for each item which of its heads each user head chose.")
+    deadline_ms: Annotated[int, Field(ge=1, le=DEADLINE_MS)] | None = Field(
+        None, description="Milliseconds after arrival within which scoring must have begun."
+    )
+
+
+class RankBody(UserBody):
+    """Candidates to rank for one user."""
+
+    candidates: list[Int64] | list[Text] = Field(description="Item ids, all of the release's `item_id_type`.")
+    on_missing: OnMissing | None = Field(
+        None,
+        description="Items that the release does not know: `last` (default) appends them in your order with a null "
+        "score, `drop` leaves them out, `error` refuses the request.",
+    )
+
+
+class BatchBody(_Record):
+    """Several rankings in one request; all are answered by one release, or none."""
+
+    requests: list[RankBody]
+
+
+class RetrieveBody(UserBody):
+    """A user, to find the best items of the whole catalogue for."""
+
+    per_head: Annotated[int, Field(ge=1, le=MAX_PER_HEAD)] | None = Field(
+        None, description=f"Items that each user head brings; their union is scored exactly. {PER_HEAD} where absent."
+    )
+
+
+class Explanation(_Record):
+    """How a score came about, by user head."""
+
+    item_heads: list[int] = Field(description="The item head that each user head chose.")
+    similarities: list[float] = Field(description="Its similarity to that user head, before the scale.")
+
+
+class RankedItem(_Record):
+    """One item of an answer."""
+
+    id: int | str
+    score: float | None = Field(description="null for an item that the release does not know.")
+    probability: float | None = Field(None, description="Calibrated; absent where the release has no calibration.")
+    position: int | None = Field(None, description="Index in your candidates; absent when retrieved.")
+    explanation: Explanation | None = Field(None, description="Present where asked for and the item is known.")
+
+
+class Counts(_Record):
+    """How many items came, were scored, and go back."""
+
+    candidates: int
+    scored: int
+    returned: int
+
+
+class RankAnswer(_Record):
+    """The best items, best first; equal scores keep your order."""
+
+    release: str
+    user_known: bool | None = Field(description="Whether the user table knows `user_id`; null where none was sent.")
+    items: list[RankedItem]
+    missing: list[int] | list[str] = Field(description="Ids that the release does not know, in your order.")
+    counts: Counts
+
+
+class BatchAnswer(_Record):
+    """The answers in the order of the requests."""
+
+    release: str
+    rankings: list[RankAnswer]
+
+
+class Sample(_Record):
+    """Ids drawn from the current release."""
+
+    release: str
+    items: list[int] | list[str]
+    users: list[int] | list[str]
+
+
+class ReleaseAnswer(_Record):
+    """What is served."""
+
+    model_config = ConfigDict(extra="allow")
+
+    release: str
+    bundle: str
+    snapshot: str
+    created: str
+    items: int = Field(description="Items of the catalogue.")
+    users: int = Field(description="Users of the user table, 0 without one.")
+    item_id_type: Literal["int", "string"]
+    user_id_type: Literal["int", "string"]
+    fields: dict[str, list[str]] = Field(description="Names of the fields that `user` and `context` take.")
+    head: dict[str, Any]
+    network: dict[str, Any]
+    metrics: dict[str, Any]
+    calibrated: bool
+    retrieval: bool
+    kernel: str
+
+
+class Alive(_Record):
+    """The process answers."""
+
+    alive: bool
+
+
+class Ready(BaseModel):
+    """State of this replica."""
+
+    ready: bool
+    release: str | None
+    bundle: str | None
+    kernel: str
+    draining: bool
+    users: str | None = Field(description="Version of the user table, null without one.")
+    store: dict[str, Any] = Field(
+        description="`url` without credentials, `reachable`, `staleness_s`: seconds since it last answered, `failure`: "
+        "why the last attempt to take something over failed, and `failures`: how many did."
+    )
+
+
+class Problem(BaseModel):
+    """Problem details (RFC 9457)."""
+
+    type: str = Field(description="A URN that names the kind of problem; docs/api.md lists them.")
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    field: str | None = Field(description="Where in the request: `candidates[17]`, `user.age`; null for none.")
+    remedy: str

@@ -1,0 +1,71 @@
+"""Settings of the service: `RANKTOWER_*` in the environment, or the flag of `ranktower serve` of the same name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import SettingsError
+
+PREFIX = "RANKTOWER_"
+
+
+class Settings(BaseSettings):
+    """Every setting with its default. Flags win over the environment."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    store: str = Field(default="file://./var/releases", description="URL of the release store.")
+    cache_dir: Path = Field(default=Path("var/cache"), description="Folder for what is downloaded from a remote store.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(default=8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    workers: int = Field(default=1, ge=1, le=1024, description="Processes; all map the same files.")
+    retrieval: bool = Field(default=False, description="Load the release's index and answer /v1/retrieve.")
+    max_candidates: int = Field(default=20_000, ge=1, description="Most candidates of one ranking.")
+    max_batch: int = Field(default=64, ge=1, description="Most rankings of one batch.")
+    max_body_bytes: int = Field(default=8 << 20, ge=1, description="Largest body.")
+    max_in_flight: int = Field(default=4, ge=1, description="Requests at work at the same time, by worker.")
+    max_queue: int = Field(default=256, ge=1, description="Requests waiting for that; more are refused with 429.")
+    pool_threads: int = Field(default=2, ge=1, le=256, description="Threads for requests too large for the event loop.")
+    inline_ms: float = Field(
+        default=2.0, ge=0, description="Estimated work up to which a request runs on the event loop."
+    )
+    refresh_s: float = Field(default=1.0, gt=0, description="Longest time between two looks at the store.")
+    drain_s: float = Field(default=1.0, ge=0, description="After SIGTERM, unready but answering for so long.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least that is logged.")
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this machine finds the service."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    def share(self) -> Path:
+        """Hand these settings to worker processes, which read the environment.
+
+        Returns the folder through which they add up their metrics; it is the caller's to delete.
+        """
+        for name in type(self).model_fields:
+            os.environ[f"{PREFIX}{name.upper()}"] = str(getattr(self, name))
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else each of N workers starts a thread for every core
+        metrics = tempfile.mkdtemp(prefix="ranktower-metrics-")
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
+        return Path(metrics)
+
+
+def load_settings(**given: Any) -> Settings:
+    """Flags (None where not given) over the environment. Raises SettingsError naming the first wrong one."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "?"
+        source = f"--{name.replace('_', '-')}" if given.get(name) is not None else f"{PREFIX}{name.upper()}"
+        raise SettingsError(
+            f"{source} is {first['input']!r}", field=name, remedy=first["msg"][0].lower() + first["msg"][1:]
+        ) from error

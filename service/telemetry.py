@@ -1,0 +1,101 @@
+"""Stage times and counters of the service, as Prometheus metrics and as the Server-Timing header."""
+
+from __future__ import annotations
+
+from time import perf_counter_ns
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.values import MutexValue, ValueClass
+
+STAGES = ("queue", "decode", "encode", "user", "score", "topk", "respond")
+
+STAGE_SECONDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5)
+REQUEST_SECONDS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 5.0)
+CANDIDATES = (0, 1, 10, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
+
+
+class StageClock:
+    """Times the stages of one request: each lap gives the time since the last one to a stage."""
+
+    __slots__ = ("_last_ns", "_spent_ns")
+
+    def __init__(self) -> None:
+        self._spent_ns = dict.fromkeys(STAGES, 0)
+        self._last_ns = perf_counter_ns()
+
+    def lap(self, stage: str) -> None:
+        now_ns = perf_counter_ns()
+        self._spent_ns[stage] += now_ns - self._last_ns
+        self._last_ns = now_ns
+
+    @property
+    def spent_ns(self) -> dict[str, int]:
+        """Nanoseconds by stage; every stage is there, 0 where no time went."""
+        return dict(self._spent_ns)
+
+    def header(self) -> str:
+        """The value of Server-Timing, in milliseconds: `queue;dur=0.004, decode;dur=0.112, ...`."""
+        return ", ".join(f"{stage};dur={spent / 1e6:.3f}" for stage, spent in self._spent_ns.items())
+
+
+class Telemetry:
+    """The metrics of one process. With several workers, prometheus-client adds them up through files (see settings)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._shared = ValueClass is not MutexValue  # set at import where PROMETHEUS_MULTIPROC_DIR is
+        within: Any = {"registry": self.registry}
+        self.requests = Counter(
+            "ranktower_requests_total", "Requests answered, by route and status.", ["route", "status"], **within
+        )
+        self.request_seconds = Histogram(
+            "ranktower_request_seconds", "Time to answer, by route.", ["route"], buckets=REQUEST_SECONDS, **within
+        )
+        stage_seconds = Histogram(
+            "ranktower_stage_seconds", "Time in each stage of a request.", ["stage"], buckets=STAGE_SECONDS, **within
+        )
+        self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
+        self.candidates = Histogram("ranktower_candidates", "Candidates of a ranking.", buckets=CANDIDATES, **within)
+        self.missing = Counter("ranktower_missing_items_total", "Candidates that the release does not know.", **within)
+        self.unknown_users = Counter(
+            "ranktower_unknown_users_total", "Rankings for a user_id that the user table does not know.", **within
+        )
+        self.refresh_failures = Counter(
+            "ranktower_refresh_failures_total", "Failed attempts to take a release or a user table over.", **within
+        )
+        self._releases = Gauge(
+            "ranktower_release_info",
+            "1 for the release that serves, 0 for those before it.",
+            ["release", "bundle"],
+            multiprocess_mode="livemax",
+            **within,
+        )
+        self._staleness = Gauge(
+            "ranktower_staleness_seconds",
+            "Seconds since the store last answered this replica.",
+            multiprocess_mode="livemax",
+            **within,
+        )
+        self._serving: tuple[str, str] | None = None
+
+    def observe_stages(self, clock: StageClock) -> None:
+        for stage, spent_ns in clock.spent_ns.items():
+            self._stages[stage].observe(spent_ns / 1e9)
+
+    def serve_release(self, release: str, bundle: str) -> None:
+        if self._serving is not None:
+            self._releases.labels(*self._serving).set(0)
+        self._releases.labels(release, bundle).set(1)
+        self._serving = (release, bundle)
+
+    def render(self, staleness_s: float | None) -> bytes:
+        """All metrics in the Prometheus text format."""
+        if staleness_s is not None:
+            self._staleness.set(staleness_s)
+        if not self._shared:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)

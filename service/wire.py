@@ -1,0 +1,204 @@
+"""Request bodies to values in one validating pass: the fast equal of the models in `schema.py`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import msgspec
+import orjson
+from msgspec import Meta, Struct
+
+from model.features import IdType
+from service.errors import MalformedBody, RequestError
+from service.schema import DEADLINE_MS, ID_LENGTH, INT64_MAX, INT64_MIN, MAX_PER_HEAD, PER_HEAD, TOP_K
+
+UserId = TypeVar("UserId")
+ItemId = TypeVar("ItemId")
+
+Int64 = Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)]
+Text = Annotated[str, Meta(max_length=ID_LENGTH)]
+Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+PerHead = Annotated[int, Meta(ge=1, le=MAX_PER_HEAD)]
+Deadline = Annotated[int, Meta(ge=1, le=DEADLINE_MS)]
+Scalar = bool | Int64 | float | str | None
+Fields = dict[str, Scalar | list[Scalar]]
+ID_TYPES: dict[IdType, Any] = {"int": Int64, "string": Text}
+ID_NAMES: dict[IdType, str] = {"int": "integers within int64", "string": f"strings of at most {ID_LENGTH} characters"}
+
+
+class UserRequest(Struct, Generic[UserId, ItemId], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who asks, as `schema.UserBody`."""
+
+    user_id: UserId | None = None
+    user: Fields | None = None
+    context: Fields | None = None
+    history: list[ItemId] | None = None
+    top_k: Count | None = None
+    explain: bool | None = None
+    deadline_ms: Deadline | None = None
+
+    @property
+    def k(self) -> int:
+        return TOP_K if self.top_k is None else self.top_k
+
+
+class RankRequest(UserRequest[UserId, ItemId], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """As `schema.RankBody`."""
+
+    candidates: list[ItemId]
+    on_missing: Literal["last", "drop", "error"] | None = None
+
+
+class BatchRequest(Struct, Generic[UserId, ItemId], frozen=True, forbid_unknown_fields=True):
+    """As `schema.BatchBody`."""
+
+    requests: list[RankRequest[UserId, ItemId]]
+
+
+class RetrieveRequest(UserRequest[UserId, ItemId], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """As `schema.RetrieveBody`."""
+
+    per_head: PerHead | None = None
+
+    @property
+    def items_per_head(self) -> int:
+        return PER_HEAD if self.per_head is None else self.per_head
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoders:
+    """Read bodies for one pair of id types. Each raises MalformedBody, or RequestError that names field and remedy."""
+
+    rank: Callable[[bytes], RankRequest[Any, Any]]
+    batch: Callable[[bytes], BatchRequest[Any, Any]]
+    retrieve: Callable[[bytes], RetrieveRequest[Any, Any]]
+
+
+@cache
+def decoders(user_ids: IdType, item_ids: IdType) -> Decoders:
+    types = ID_TYPES[user_ids], ID_TYPES[item_ids]
+    kinds: dict[str, Any] = {"rank": RankRequest, "batch": BatchRequest, "retrieve": RetrieveRequest}
+    return Decoders(**{name: _decoder(kind[types], Refusals(kind, user_ids, item_ids)) for name, kind in kinds.items()})
+
+
+def _decoder(kind: Any, refusals: Refusals) -> Callable[[bytes], Any]:
+    decode = msgspec.json.Decoder(kind).decode
+
+    def read(body: bytes) -> Any:
+        try:
+            return decode(body)
+        except msgspec.ValidationError as error:
+            raise refusals.of(str(error), body) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            reason = "the body is empty" if not body.strip() else f"the body is not JSON ({error})"
+            raise MalformedBody(reason, remedy="send one JSON object in UTF-8, without NaN or Infinity") from error
+
+    return read
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """Turn a decoder's message into an error that names the field, the value and the remedy. Off the fast path."""
+
+    kind: type[Struct]
+    user_ids: IdType
+    item_ids: IdType
+
+    def of(self, message: str, body: bytes) -> RequestError:
+        problem, _, where = message.partition(" - at `$")
+        path, value = _find(where.removesuffix("`"), body)
+        path = short(path, 200)
+        if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem, re.DOTALL):
+            name, field = unknown[1], short(_join(path, unknown[1]), 200)
+            remedy = nearest(name, self._names(path))
+            return RequestError(f"{field} is not a field of this request", field=field, remedy=remedy)
+        if absent := re.fullmatch(r"Object missing required field `(.*)`", problem):
+            field = _join(path, absent[1])
+            return RequestError(f"{field} is absent", field=field, remedy=f"send {self._expected(field)}")
+        shown = (path or "the body") + ("" if value is _UNSEEN else f" is {_shown(value)}")
+        expected = short(problem[0].lower() + problem[1:].replace("`", ""), 160)
+        return RequestError(f"{shown}: {expected}", field=path or None, remedy=f"send {self._expected(path)}")
+
+    def _names(self, path: str) -> tuple[str, ...]:
+        kind = RankRequest if self.kind is BatchRequest and path else self.kind
+        return kind.__struct_fields__
+
+    def _expected(self, path: str) -> str:
+        name = re.sub(r"^requests\[\d+\]\.?", "", path)
+        root = re.split(r"[.\[]", name)[0]
+        expected = {
+            "candidates": f"a list of item ids, which are {ID_NAMES[self.item_ids]} in this release",
+            "history": f"a list of item ids, which are {ID_NAMES[self.item_ids]} in this release",
+            "user_id": f"a user id; they are {ID_NAMES[self.user_ids]} in this release",
+            "user": "an object of field names to numbers, strings, booleans, null or flat lists of them",
+            "context": "an object of field names to numbers, strings, booleans, null or flat lists of them",
+            "top_k": f"an integer from 0 on, or leave it out for {TOP_K}",
+            "per_head": f"an integer from 1 to {MAX_PER_HEAD}, or leave it out for {PER_HEAD}",
+            "deadline_ms": f"whole milliseconds from 1 to {DEADLINE_MS}, or leave it out",
+            "on_missing": "last, drop or error",
+            "explain": "true or false",
+            "requests": "a list of rank requests",
+        }
+        return expected.get(root, "one JSON object, as documented in /openapi.json")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy for a misspelt name."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name[:64], names, n=1)
+    choices = ", ".join(names) if names else "none"
+    return f"did you mean {close[0]}?" if close else f"use one of: {choices}"
+
+
+_UNSEEN = object()
+
+
+def _find(where: str, body: bytes) -> tuple[str, Any]:
+    """The path without its blanks, and the value there: msgspec writes `.user[...]` for any key of a mapping."""
+    try:
+        value: Any = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return where.lstrip(".").replace("[...]", ""), _UNSEEN
+    path = ""
+    for name, index in re.findall(r"\.(\w+)|\[(\d{1,9}|\.\.\.)\]", where):
+        step = name or (_bad_name(value) if index == "..." else int(index))
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return path, _UNSEEN
+        path = _join(path, step)
+    return path, value
+
+
+def _bad_name(fields: Any) -> str:
+    """The first name in `user` or `context` whose value has a wrong type."""
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        try:
+            msgspec.convert(value, Scalar | list[Scalar])
+        except msgspec.ValidationError:
+            return str(name)
+    return ""
+
+
+def _join(path: str, step: str | int) -> str:
+    if isinstance(step, int):
+        return f"{path}[{step}]"
+    return f"{path}.{step}" if path else step
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, short enough for a message."""
+    return short(orjson.dumps(value).decode())
+
+
+def short(text: str, most: int = 80) -> str:
+    """What a caller sent, cut to fit a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."

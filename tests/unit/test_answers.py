@@ -1,0 +1,111 @@
+"""Bodies to answers without HTTP: limits, deadlines, stages, and the form of what is sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from service.admission import Permit
+from service.answers import Answerer, Limits, answer_batch, answer_rank, answer_retrieve, encode_ranking
+from service.errors import DeadlineExceeded, RequestError
+from service.ranker import Explanation, Ranker, Ranking
+from service.telemetry import STAGES, StageClock
+from tests.tiny_releases import tiny_release
+
+LIMITS = Limits(max_candidates=4, max_batch=2)
+
+
+@pytest.fixture(scope="module")
+def ranker(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    made = tiny_release(tmp_path_factory.mktemp("made"), index="flat")
+    return Ranker.open(made.folder, made.users, retrieval=True)
+
+
+def asked(ranker: Ranker, answerer: Answerer, body: Any, arrived_ns: int | None = None) -> Any:
+    permit = Permit(perf_counter_ns() if arrived_ns is None else arrived_ns)
+    return answerer(permit, ranker, orjson.dumps(body), LIMITS, StageClock())
+
+
+@pytest.mark.parametrize(
+    ("answerer", "body"),
+    [
+        (answer_rank, {"candidates": [100]}),
+        (answer_batch, {"requests": [{"candidates": [100]}, {"candidates": []}]}),
+        (answer_retrieve, {"top_k": 3}),
+    ],
+)
+def test_every_stage_but_the_queue_is_timed(ranker: Ranker, answerer: Answerer, body: Any) -> None:
+    clock = StageClock()
+    answer = answerer(Permit(perf_counter_ns()), ranker, orjson.dumps(body), LIMITS, clock)
+    assert [stage for stage, spent_ns in clock.spent_ns.items() if spent_ns == 0] == ["queue"]
+    assert answer.release == ranker.release == orjson.loads(answer.body)["release"]
+
+
+@pytest.mark.parametrize(
+    ("answerer", "body", "field", "setting"),
+    [
+        (answer_rank, {"candidates": [1] * 5}, "candidates", "RANKTOWER_MAX_CANDIDATES"),
+        (answer_batch, {"requests": [{"candidates": [1] * 5}]}, "requests[0].candidates", "RANKTOWER_MAX_CANDIDATES"),
+        (answer_batch, {"requests": [{"candidates": []}] * 3}, "requests", "RANKTOWER_MAX_BATCH"),
+    ],
+)
+def test_a_limit_names_its_setting(ranker: Ranker, answerer: Answerer, body: Any, field: str, setting: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        asked(ranker, answerer, body)
+    assert caught.value.field == field
+    assert setting in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("answerer", "body"),
+    [
+        (answer_rank, {"candidates": [100], "deadline_ms": 1}),
+        (answer_retrieve, {"deadline_ms": 1}),
+        (answer_batch, {"requests": [{"candidates": []}, {"candidates": [], "deadline_ms": 1}]}),
+    ],
+)
+def test_nothing_is_scored_after_the_deadline(ranker: Ranker, answerer: Answerer, body: Any) -> None:
+    long_ago = perf_counter_ns() - 2_000_000
+    with pytest.raises(DeadlineExceeded):
+        asked(ranker, answerer, body, long_ago)
+    later = orjson.loads(orjson.dumps(body).replace(b'"deadline_ms":1', b'"deadline_ms":60000'))
+    assert asked(ranker, answerer, later, long_ago).body
+
+
+def test_the_answer_holds_what_the_ranking_holds() -> None:
+    ranking = Ranking(
+        release="r1",
+        user_known=None,
+        candidates=3,
+        missing=[7],
+        ids=[5, 7],
+        positions=np.array([2, 0], np.int32),
+        scores=np.array([0.1, np.nan], np.float32),
+        probabilities=np.array([0.7, np.nan], np.float32),
+        explanation=Explanation(np.array([[1, 0]], np.int32), np.array([[0.25, 0.5]], np.float32)),
+    )
+    assert orjson.loads(encode_ranking(ranking)) == {
+        "release": "r1",
+        "user_known": None,
+        "items": [
+            {
+                "id": 5,
+                "score": 0.1,  # the shortest text that reads back as the same float32
+                "probability": 0.7,
+                "position": 2,
+                "explanation": {"item_heads": [1, 0], "similarities": [0.25, 0.5]},
+            },
+            {"id": 7, "score": None, "probability": None, "position": 0},
+        ],
+        "missing": [7],
+        "counts": {"candidates": 3, "scored": 2, "returned": 2},
+    }
+
+
+def test_stages_are_those_of_the_architecture(tmp_path: Path) -> None:
+    assert STAGES == ("queue", "decode", "encode", "user", "score", "topk", "respond")

@@ -1,0 +1,89 @@
+"""`ranktower rank` and how the command line says what is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache.file_store import FileStore
+from service.cli import main
+from tests.tiny_releases import publish, tiny_release
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("cli")
+    store = FileStore(f"file://{folder}/store")
+    publish(tiny_release(folder / "made", calibration={"a": 0.1, "b": 0.0}), store)
+    return store.url
+
+
+def ranktower(monkeypatch: pytest.MonkeyPatch, *arguments: str, given: bytes = b"") -> int:
+    """The exit code of a verb run in this process."""
+    monkeypatch.setattr(sys, "argv", ["ranktower", *arguments])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_rank_prints_a_table_without_a_server(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--user-id", "4", "--candidates", "100,101,9", "--explain"]
+    assert ranktower(monkeypatch, "rank", "--store", url, *flags) == 0
+    printed = capsys.readouterr().out
+    assert "user known" in printed
+    assert "unknown" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("source", ["-", "file"])
+def test_rank_reads_the_body_of_a_request(
+    url: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = json.dumps({"candidates": [123]}).encode()
+    path = tmp_path / "body.json"
+    path.write_bytes(body)
+    named = str(path) if source == "file" else "-"
+    assert ranktower(monkeypatch, "rank", "--store", url, "--json", named, given=body) == 0
+    assert "123" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--user-id", "x", "--candidates", "1"], 'error: user_id is "x"'),
+        (["--candidates", "1,two"], 'error: candidates[1] is "two"'),
+        (["--candidates", str(2**63)], "error: candidates[0] is"),
+        ([], "error: there are no candidates"),
+        (["--json", "/nowhere.json"], "error: /nowhere.json cannot be read"),
+        (["--json", "-", "--user-id", "4"], "error: --json is a whole request"),
+        (["--json", "-"], "error: the body is empty"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
+    url: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ranktower(monkeypatch, "rank", "--store", url, *arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(said)
+    assert output.err.count("\n") == 1
+
+
+def test_a_store_without_a_release_says_how_to_publish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ranktower(monkeypatch, "rank", "--store", f"file://{tmp_path}", "--candidates", "1") == 2
+    assert "ranktower publish --store" in capsys.readouterr().err
+
+
+def test_a_wrong_setting_ends_serve_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ranktower(monkeypatch, "serve", "--workers", "0") == 2
+    assert capsys.readouterr().err.startswith("error: --workers is 0: ")

@@ -1,0 +1,263 @@
+"""Taking releases over: what is new is tried out first, whatever fails leaves the old one serving."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache.errors import StoreError
+from cache.file_store import FileStore
+from cache.release import BUNDLE
+from service import refresh
+from service.errors import NotReady
+from service.ranker import Ranker
+from service.refresh import Refresher, Retry
+from service.wire import RankRequest
+from tests.tiny_releases import publish, tiny_release, tiny_spec, write_users
+
+TIMEOUT_S = 20.0
+
+
+class Flaky(FileStore):
+    """A file store whose verbs can be made to fail."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.broken: set[str] = set()
+        self.fetched: list[str] = []
+        self.surprises: list[Exception] = []
+        self.users: Path | None = None  # the table to hand out instead of the right one
+
+    def _may(self, verb: str) -> None:
+        if verb in self.broken:
+            raise StoreError(f"{self.url}: {verb} fails: mend the store")
+
+    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+        self._may("wait")
+        if self.surprises:
+            raise self.surprises.pop()
+        return super().wait(seen, timeout_s)
+
+    def fetch(self, release_id: str, *arguments: Any) -> Path:
+        self._may("fetch")
+        self.fetched.append(release_id)
+        return super().fetch(release_id, *arguments)
+
+    def fetch_users(self, *arguments: Any) -> Path | None:
+        self._may("fetch_users")
+        return self.users or super().fetch_users(*arguments)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Flaky:
+    return Flaky(f"file://{tmp_path}/store")
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.refresh.STORE_PAUSE_S", 0.02)
+    monkeypatch.setattr("service.refresh.FIRST_PAUSE_S", 0.02)
+
+
+def refresher(store: FileStore, tmp_path: Path, **given: Any) -> Refresher:
+    return Refresher(store, tmp_path / "cache", **{"refresh_s": 0.05, **given})
+
+
+@contextmanager
+def started(refresher: Refresher) -> Iterator[Callable[[Callable[[Any], bool]], None]]:
+    """Run it, and give a function that waits for a standing."""
+
+    def until(reached: Callable[[Any], bool]) -> None:
+        assert refresher.wait_until(reached, TIMEOUT_S), refresher.standing
+
+    refresher.start()
+    try:
+        yield until
+    finally:
+        refresher.stop()
+
+
+def serves(release: str) -> Callable[[Any], bool]:
+    return lambda standing: standing.ranker is not None and standing.ranker.release == release
+
+
+def test_nothing_is_served_before_the_first_release(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    subject.take_over(None)
+    with pytest.raises(NotReady, match="holds no current release yet"):
+        subject.ranker()
+
+
+def test_a_release_published_later_is_picked_up(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    with started(subject) as until:
+        until(lambda standing: standing.reachable)
+        release = publish(tiny_release(tmp_path / "made"), store)
+        until(serves(release))
+        assert subject.standing.users == store.users_version(subject.ranker().spec.id)
+
+
+def test_swaps_are_announced_with_the_ranker_that_serves(store: Flaky, tmp_path: Path) -> None:
+    seen: list[Ranker] = []
+    subject = refresher(store, tmp_path, on_swap=seen.append)
+    for seed in (1, 2):
+        release = publish(tiny_release(tmp_path / str(seed), seed=seed), store)
+        subject.take_over(release)
+        subject.take_over(release)
+    assert [ranker.release for ranker in seen] == store.fetched
+    assert subject.ranker() is seen[-1]
+    assert subject.standing.swaps == 2
+
+
+def test_a_request_keeps_the_ranker_that_it_began_with(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    subject.take_over(publish(tiny_release(tmp_path / "1", seed=1), store))
+    old, request = subject.ranker(), RankRequest[int, int](candidates=[100, 101])
+    before = old.rank(request)
+    subject.take_over(publish(tiny_release(tmp_path / "2", seed=2), store))
+    assert old.rank(request).scores.tobytes() == before.scores.tobytes()
+    assert subject.ranker().rank(request).scores.tobytes() != before.scores.tobytes()
+
+
+@pytest.mark.parametrize("verb", ["fetch", "fetch_users"])
+def test_a_failing_store_leaves_the_old_release_serving(store: Flaky, tmp_path: Path, verb: str) -> None:
+    failures: list[None] = []
+    subject = refresher(store, tmp_path, on_failure=lambda: failures.append(None))
+    first = publish(tiny_release(tmp_path / "1", seed=1), store)
+    with started(subject) as until:
+        until(serves(first))
+        store.broken.add(verb)
+        second = publish(tiny_release(tmp_path / "2", seed=2), store)
+        until(lambda standing: standing.failures > 0)
+        assert subject.ranker().release == first
+        assert f"{verb} fails" in (subject.standing.failure or "")
+        assert failures
+        store.broken.clear()
+        until(serves(second))
+        until(lambda standing: standing.failure is None)
+
+
+def test_a_store_that_goes_away_is_told_from_one_that_answers(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    release = publish(tiny_release(tmp_path / "made"), store)
+    with started(subject) as until:
+        until(serves(release))
+        store.broken.add("wait")
+        until(lambda standing: not standing.reachable)
+        contact_s = subject.standing.contact_s
+        assert subject.ranker().release == release
+        assert subject.standing.staleness_s() is not None
+        store.broken.clear()
+        until(lambda standing: standing.reachable and standing.contact_s > contact_s)
+
+
+@pytest.mark.parametrize("damage", ["bundle", "warmup", "users"])
+def test_a_release_that_does_not_hold_is_never_served(store: Flaky, tmp_path: Path, damage: str) -> None:
+    subject = refresher(store, tmp_path)
+    first = publish(tiny_release(tmp_path / "1", seed=1), store)
+    subject.take_over(first)
+    wrong = {"warmup": [{"candidates": ["x"]}]} if damage == "warmup" else {}
+    second = tiny_release(tmp_path / "2", seed=2, **wrong)  # type: ignore[arg-type]
+    name = publish(second, store, users=damage != "users")
+    stored = store.fetch(name, tmp_path)
+    if damage == "bundle":
+        (stored / BUNDLE / "user.onnx").write_bytes(b"no graph")
+    if damage == "users":
+        store.publish_users(second.users)
+        other = write_users(tmp_path / "x.snap", tiny_spec(items=5), second.user_ids, second.item_ids)
+        store.users = other
+    with pytest.raises(Exception, match=r"bundle|integers|user table"):
+        subject.take_over(name)
+    assert subject.ranker().release == first
+
+
+def test_a_new_user_table_is_taken_over_and_a_deleted_one_forgotten(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    made = tiny_release(tmp_path / "made")
+    release = publish(made, store, users=False)
+    subject.take_over(release)
+    assert subject.ranker().rank(RankRequest(candidates=[100], user_id=4)).user_known is False
+    with started(subject) as until:
+        version = store.publish_users(made.users)
+        until(lambda standing: standing.users == version)
+        assert subject.ranker().rank(RankRequest(candidates=[100], user_id=4)).user_known is True
+        store.delete_users(made.spec.id)
+        until(lambda standing: standing.users is None)
+        assert subject.ranker().rank(RankRequest(candidates=[100], user_id=4)).user_known is False
+    assert store.fetched == [release]
+
+
+def test_users_are_followed_while_a_refused_release_is_current(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    made = tiny_release(tmp_path / "made")
+    first = publish(made, store, users=False)
+    with started(subject) as until:
+        until(serves(first))
+        publish(tiny_release(tmp_path / "bad", warmup=[{"candidates": ["x"]}]), store, users=False)
+        until(lambda standing: standing.failures > 0)
+        version = store.publish_users(made.users)
+        until(lambda standing: standing.users == version)
+        assert subject.ranker().release == first
+
+
+def test_a_store_that_lost_everything_changes_nothing(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    release = publish(tiny_release(tmp_path / "made"), store)
+    subject.take_over(release)
+    serving = subject.ranker()
+    store.delete_users(serving.spec.id)
+    subject.take_over(None)
+    assert subject.ranker() is serving
+
+
+def test_only_the_serving_release_and_the_one_before_stay_in_the_cache(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    for seed in range(3):
+        release = publish(tiny_release(tmp_path / str(seed), seed=seed), store)
+        (tmp_path / "cache" / release).mkdir(parents=True)
+        subject.take_over(release)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(store.fetched[1:])
+
+
+def test_a_refused_release_is_tried_again_later_and_another_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("service.refresh.monotonic", lambda: now_s[0])
+    retry = Retry().later("r1")
+    assert not retry.allows("r1")
+    assert retry.allows("r2")
+    now_s[0] += refresh.FIRST_PAUSE_S
+    assert retry.allows("r1")
+    for _ in range(20):
+        retry = retry.later("r1")
+    assert retry.pause_s == refresh.LONGEST_PAUSE_S
+    assert retry.later("r2").pause_s == refresh.FIRST_PAUSE_S
+
+
+def test_failures_are_logged_with_what_serves(store: Flaky, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store.broken.add("wait")
+    subject = refresher(store, tmp_path)
+    with caplog.at_level(logging.WARNING), started(subject) as until:
+        until(lambda standing: standing.failures > 0)
+    assert "refresh failed, serving nothing" in caplog.text
+    assert "wait fails" in caplog.text
+
+
+def test_an_unexpected_error_does_not_end_the_thread(store: Flaky, tmp_path: Path) -> None:
+    store.surprises.append(ZeroDivisionError("what"))
+    subject = refresher(store, tmp_path)
+    release = publish(tiny_release(tmp_path / "made"), store)
+    with started(subject) as until:
+        until(serves(release))
+    assert subject.standing.failures == 1
+
+
+def test_stopping_ends_the_thread(store: Flaky, tmp_path: Path) -> None:
+    with started(refresher(store, tmp_path)) as until:
+        until(lambda standing: standing.reachable)
+    assert not any(thread.name == "refresh" for thread in threading.enumerate())

@@ -1,0 +1,212 @@
+"""Full-stage lists: what a list may hold, what it never holds, and that nothing but the seed decides it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.datasets.log import CANDIDATE, IMPRESSION, PADDING, RANDOM, TEST, TRAIN, VALID, Log, read_log
+from model.requests import NONE, requests_of
+from model.sampling import (
+    SAMPLERS,
+    Retrieval,
+    Sampler,
+    TrainingSet,
+    covisited,
+    evaluation_lists,
+    first_occurrences,
+    fit_retrieval,
+    item_factors,
+    retrieve,
+    taken_pairs,
+    training_set,
+)
+from tests.logs import write_tiny_log
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    return read_log(write_tiny_log(tmp_path_factory.mktemp("log"), users=50, items=300))
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    return read_log(write_tiny_log(tmp_path_factory.mktemp("staged"), users=40, stages=True))
+
+
+@pytest.fixture(scope="module")
+def data(log: Log) -> TrainingSet:
+    return training_set(log, soft=np.where(log.stage == IMPRESSION, 0.5, 0.0).astype(np.float32))
+
+
+def pairs_taken(log: Log, events: np.ndarray) -> set[tuple[int, int]]:
+    return set(zip(log.user[events].tolist(), log.item[events].tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("full", {IMPRESSION, CANDIDATE, RANDOM}),
+        ("without-random", {IMPRESSION, CANDIDATE}),
+        ("without-candidates", {IMPRESSION, RANDOM}),
+        ("impressions", {IMPRESSION}),
+    ],
+)
+def test_each_sampler_draws_its_stages(data: TrainingSet, name: str, stages: set[int]) -> None:
+    rows = np.arange(len(data))
+    lists = SAMPLERS[name](candidates=5, random=7).draw(data, rows, np.random.default_rng(0))
+    assert set(np.unique(lists.stage).tolist()) - {PADDING} == stages
+    counts = [(lists.stage == stage).sum(axis=1).max() for stage in (CANDIDATE, RANDOM)]
+    assert counts[0] <= 5
+    assert counts[1] <= 7
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_impressions_keep_their_grades_and_soft_labels(log: Log, data: TrainingSet, name: str) -> None:
+    lists = SAMPLERS[name]().draw(data, np.arange(len(data)), np.random.default_rng(0))
+    shown = lists.stage == IMPRESSION
+    assert shown.sum() == (data.requests.end - data.requests.first).sum()
+    assert lists.grade[~shown].max(initial=0) == 0
+    assert lists.soft[~shown].max(initial=0) == 0
+    assert (lists.soft[shown] == 0.5).all()
+    first = data.requests.first[0]
+    assert lists.item[0][shown[0]].tolist() == log.item[first : data.requests.end[0]].tolist()
+
+
+def test_a_taken_item_is_never_a_drawn_negative(log: Log, data: TrainingSet) -> None:
+    taken = pairs_taken(log, (log.grade > 0) & (log.split == TRAIN))
+    lists = Sampler(candidates=40, random=80).draw(data, np.arange(len(data)), np.random.default_rng(1))
+    list_of, place = np.nonzero((lists.stage == CANDIDATE) | (lists.stage == RANDOM))
+    drawn = set(zip(data.requests.user[list_of].tolist(), lists.item[list_of, place].tolist(), strict=True))
+    assert len(drawn) > 1000
+    assert not drawn & taken
+
+
+def test_no_item_stands_twice_in_a_list(data: TrainingSet) -> None:
+    lists = Sampler(candidates=40, random=80).draw(data, np.arange(len(data)), np.random.default_rng(2))
+    for items, mask in zip(lists.item, lists.mask, strict=True):
+        assert len(set(items[mask].tolist())) == mask.sum()
+
+
+def test_random_items_are_drawn_anew_but_repeat_under_one_seed(data: TrainingSet) -> None:
+    rows = np.arange(8)
+    first, again, other = (Sampler().draw(data, rows, np.random.default_rng(seed)).digest for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_popularity_power_prefers_what_was_taken_often(data: TrainingSet) -> None:
+    def mean_weight(power: float) -> float:
+        lists = Sampler(candidates=0, random=60, power=power).draw(data, np.arange(len(data)), np.random.default_rng(5))
+        return float(data.weight[lists.item[lists.stage == RANDOM]].mean())
+
+    assert mean_weight(0.75) > 1.2 * mean_weight(0.0)
+
+
+def test_lists_without_a_positive_are_not_trained_on(log: Log, data: TrainingSet) -> None:
+    assert ((data.logged.grade > 0).any(axis=1)).all()
+    assert len(data) < len(requests_of(log, TRAIN))
+
+
+def test_impressions_are_thinned_to_the_bound_and_positives_stay(data: TrainingSet) -> None:
+    lists = Sampler(impressions=3, candidates=0, random=0).draw(data, np.arange(len(data)), np.random.default_rng(0))
+    assert lists.mask.sum(axis=1).max() == 3
+    wanted = np.minimum((data.logged.grade > 0).sum(axis=1), 3)
+    assert ((lists.grade > 0).sum(axis=1) == wanted).all()
+
+
+def test_retrieval_follows_the_history_and_falls_back_to_popularity() -> None:
+    factors = np.eye(6, dtype=np.float32)[:, :4]
+    retrieval = Retrieval(factors=factors, popular=np.array([5, 4, 3, 2, 1, 0], dtype=np.int32))
+    history = np.array([[2, NONE, NONE], [NONE, NONE, NONE]], dtype=np.int32)
+    found = retrieve(retrieval, history, 2)
+    assert found[0, 0] == 2
+    assert found[1].tolist() == [5, 4]
+
+
+def test_factors_bring_together_what_the_same_users_take() -> None:
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(80), 6)
+    item = np.where(user % 2 == 0, rng.integers(0, 10, len(user)), rng.integers(10, 20, len(user)))
+    factors = item_factors(user, item, 20, dim=4)
+    similarity = factors @ factors.T
+    within = similarity[:10, :10].mean() + similarity[10:, 10:].mean()
+    assert within > 10 * abs(similarity[:10, 10:].mean())
+
+
+def test_retrieval_learns_from_training_alone(log: Log) -> None:
+    later = log.split != TRAIN
+    shuffled = replace(log, item=np.where(later, np.roll(log.item, 7), log.item))
+    np.testing.assert_array_equal(fit_retrieval(log).factors, fit_retrieval(shuffled).factors)
+    np.testing.assert_array_equal(covisited(log), covisited(shuffled))
+
+
+def test_too_small_a_log_has_zero_factors() -> None:
+    assert not item_factors(np.array([0]), np.array([1]), 3).any()
+
+
+@pytest.mark.parametrize("split", [VALID, TEST])
+def test_evaluation_lists_are_frozen_full_and_hold_no_taken_negative(log: Log, split: int) -> None:
+    requests, lists = evaluation_lists(log, split, size=100)
+    assert lists.digest == evaluation_lists(log, split, size=100)[1].digest
+    assert lists.digest != evaluation_lists(log, split, size=100, seed=1)[1].digest
+    assert (lists.mask.sum(axis=1) == 100).all()
+    taken = pairs_taken(log, log.grade > 0)
+    for user, items, stage in zip(requests.user.tolist(), lists.item, lists.stage, strict=True):
+        assert len(set(items.tolist())) == 100
+        assert not {(user, item) for item in items[stage != IMPRESSION].tolist()} & taken
+
+
+def test_evaluation_lists_mix_candidates_and_random_items(log: Log) -> None:
+    _, lists = evaluation_lists(log, TEST, size=100)
+    room = 100 - (lists.stage == IMPRESSION).sum(axis=1)
+    candidates, random = (np.mean((lists.stage == stage).sum(axis=1) / room) for stage in (CANDIDATE, RANDOM))
+    assert candidates == pytest.approx(0.5, abs=0.1)
+    assert random == pytest.approx(0.5, abs=0.1)
+    _, only = evaluation_lists(log, TEST, size=100, random_only=True)
+    assert not (only.stage == CANDIDATE).any()
+
+
+def test_evaluation_lists_take_what_a_small_catalogue_allows(tmp_path: Path) -> None:
+    small = read_log(write_tiny_log(tmp_path, users=30, items=40))
+    _, lists = evaluation_lists(small, TEST)
+    assert 25 < lists.mask.sum(axis=1).mean() <= 40
+
+
+def test_logged_stages_switch_simulation_off(staged: Log) -> None:
+    assert staged.has_stages
+    logged = pairs_taken(staged, np.ones(len(staged.user), dtype=bool))
+    data = training_set(staged)
+    assert data.pool is None
+    rows = np.arange(len(data))
+    for requests, lists in (
+        (data.requests, Sampler().draw(data, rows, np.random.default_rng(0))),
+        evaluation_lists(staged, TEST),
+    ):
+        row, place = np.nonzero(lists.mask)
+        assert set(np.unique(lists.stage).tolist()) >= {IMPRESSION, CANDIDATE, RANDOM}
+        assert set(zip(requests.user[row].tolist(), lists.item[row, place].tolist(), strict=True)) <= logged
+
+
+@pytest.mark.parametrize(("name", "absent"), [("without-random", RANDOM), ("without-candidates", CANDIDATE)])
+def test_ablations_hold_with_logged_stages_too(staged: Log, name: str, absent: int) -> None:
+    data = training_set(staged)
+    lists = SAMPLERS[name]().draw(data, np.arange(len(data)), np.random.default_rng(0))
+    assert not (lists.stage == absent).any()
+
+
+def test_first_occurrences_skip_repeats_and_gaps() -> None:
+    items = np.array([[3, NONE, 3, 1, NONE, 1], [2, 2, 2, 2, 2, 0]], dtype=np.int32)
+    np.testing.assert_array_equal(first_occurrences(items), [[1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1]])
+
+
+def test_taken_pairs_answer_by_user_and_item(log: Log) -> None:
+    taken = taken_pairs(log, np.ones(len(log.user), dtype=bool))
+    expected = pairs_taken(log, log.grade > 0)
+    users = np.arange(len(log.users))
+    items = np.broadcast_to(np.arange(len(log.items)), (len(users), len(log.items)))
+    found = {(int(u), int(i)) for u, i in zip(*np.nonzero(taken.has(users, items)), strict=True)}
+    assert found == expected
+    assert not taken.has(np.array([0]), np.array([[NONE]])).any()

@@ -1,0 +1,74 @@
+"""Settings: from the environment and from flags, documented one by one, wrong ones named."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.cli import serve
+from service.errors import SettingsError
+from service.settings import PREFIX, Settings, load_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_flags_win_over_the_environment_and_it_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKTOWER_PORT", "9001")
+    monkeypatch.setenv("RANKTOWER_RETRIEVAL", "true")
+    settings = load_settings(port=9002, retrieval=None)
+    assert (settings.port, settings.retrieval, settings.workers) == (9002, True, 1)
+
+
+def test_every_setting_has_a_flag_and_a_description() -> None:
+    assert [*inspect.signature(serve).parameters] == [*Settings.model_fields]
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    documentation = (ROOT / "docs" / "api.md").read_text()
+    rows = dict(re.findall(r"^\| `(RANKTOWER_\w+)` \| `(.*?)` \|", documentation, re.MULTILINE))
+    expected = {f"{PREFIX}{name.upper()}": str(field.default) for name, field in Settings.model_fields.items()}
+    assert rows == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"port": "x"}, "--port is 'x'"),
+        ({"workers": 0}, "--workers is 0"),
+        ({"log_level": "loud"}, "--log-level is 'loud'"),
+    ],
+)
+def test_a_wrong_flag_is_named(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(named)):
+        load_settings(**given)
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKTOWER_INLINE_MS", "soon")
+    with pytest.raises(SettingsError, match="RANKTOWER_INLINE_MS is 'soon'") as caught:
+        load_settings()
+    assert caught.value.field == "inline_ms"
+
+
+def test_workers_read_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(store="redis://somewhere", retrieval=True, inline_ms=3.5, port=1234, cache_dir=Path("/tmp/x"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {**os.environ})  # what sharing sets ends with this block
+        metrics = settings.share()
+        assert load_settings() == settings
+        assert os.environ["PROMETHEUS_MULTIPROC_DIR"] == str(metrics)
+        metrics.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:8080"), ("0.0.0.0", "http://127.0.0.1:8080"), ("::1", "http://[::1]:8080")],
+)
+def test_the_url_is_one_that_can_be_opened(host: str, url: str) -> None:
+    assert Settings(host=host).url == url

@@ -1,0 +1,62 @@
+"""Stage times, the Server-Timing header, and the metrics that the documentation names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.telemetry import STAGES, StageClock, Telemetry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_each_lap_gives_the_time_since_the_last_one_to_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0, 1_000, 3_000, 7_000])
+    monkeypatch.setattr("service.telemetry.perf_counter_ns", lambda: next(ticks))
+    clock = StageClock()
+    clock.lap("decode")
+    clock.lap("score")
+    clock.lap("decode")
+    assert clock.spent_ns == {**dict.fromkeys(STAGES, 0), "decode": 5_000, "score": 2_000}
+
+
+def test_the_header_lists_every_stage_in_milliseconds() -> None:
+    parts = StageClock().header().split(", ")
+    assert parts == [f"{stage};dur=0.000" for stage in STAGES]
+
+
+def test_only_the_newest_release_is_marked_as_serving() -> None:
+    telemetry = Telemetry()
+    telemetry.serve_release("r1", "b1")
+    telemetry.serve_release("r2", "b1")
+    text = telemetry.render(1.5).decode()
+    assert 'ranktower_release_info{bundle="b1",release="r1"} 0.0' in text
+    assert 'ranktower_release_info{bundle="b1",release="r2"} 1.0' in text
+    assert "ranktower_staleness_seconds 1.5" in text
+
+
+def test_every_metric_is_documented() -> None:
+    documentation = (ROOT / "docs" / "api.md").read_text()
+    names = [family.name for family in Telemetry().registry.collect()]
+    assert len(names) > 8
+    assert [name for name in names if name not in documentation] == []
+
+
+def test_workers_add_up_their_metrics(tmp_path: Path) -> None:
+    """Two processes count one request each and die; a third renders the sum, and the release of the living only."""
+    count = "from service.telemetry import Telemetry as T; t = T(); t.requests.labels('/v1/rank', '200').inc()"
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def run(script: str) -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    run(count)
+    run(count)
+    text = run(
+        "import sys; from service.telemetry import Telemetry; sys.stdout.write(Telemetry().render(None).decode())"
+    )
+    assert 'ranktower_requests_total{route="/v1/rank",status="200"} 2.0' in text

@@ -1,0 +1,267 @@
+"""Training end to end on a tiny log: what it learns, what it writes, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.checkpoint import OURS
+from model.datasets.log import TEST, Log, read_log
+from model.errors import TrainError
+from model.evaluate import held_out
+from model.requests import encode_items, encode_users
+from model.scoring import score_network
+from model.train import Recipe, load_checkpoint, train
+from tests.logs import write_tiny_log
+
+TINY = Recipe(
+    options={"user_heads": 2, "item_heads": 2, "dim": 8, "hidden": 16},
+    sampler_options={"candidates": 5, "random": 10},
+    batch=32,
+    lr=3e-3,
+    embedding_lr=1e-2,
+    epochs=2,
+    teacher=False,
+    loss="softmax",
+)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
+    return read_log(write_tiny_log(tmp_path_factory.mktemp("log"), users=60, items=80))
+
+
+@pytest.fixture(scope="module")
+def hybrid(log: Log, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A RankTower run with everything on."""
+    run = tmp_path_factory.mktemp("runs") / "hybrid"
+    return run, train(log, run, replace(TINY, loss="hybrid", teacher=True, epochs=8, patience=8))
+
+
+def weights(run: Path, name: str = "weights.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(run / name)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    timed = {"seconds", "lists_per_s", "samples_per_s"}
+    found = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in timed} for line in found]
+
+
+def test_ranktower_learns_what_popularity_cannot_know(hybrid: tuple[Path, dict[str, Any]]) -> None:
+    _, metrics = hybrid
+    ours, popular, chance = (metrics[row]["ndcg@10"]["mean"] for row in ("model", "popularity", "random"))
+    assert ours > 1.1 * popular
+    assert ours > 2.5 * chance
+    assert metrics["model"]["gauc"]["mean"] > 0.6
+
+
+def test_a_run_holds_every_artefact(hybrid: tuple[Path, dict[str, Any]], log: Log) -> None:
+    run, metrics = hybrid
+    assert {path.name for path in run.iterdir()} == set(OURS)
+    assert json.loads((run / "metrics.json").read_text()) == metrics
+    assert metrics["calibration"].keys() == {"a", "b"}
+    assert metrics["calibration"]["a"] > 0
+    assert metrics["teacher"]["auc"].keys() <= set(log.schema.rungs)
+    assert metrics["lists"]["digest"] == held_out(log, TEST).digest
+    config = json.loads((run / "config.json").read_text())
+    assert config["network"] == "ranktower"
+    assert config["options"] == TINY.options
+    network, _, _ = load_checkpoint(run)
+    assert config["head"] == network.head().to_json()
+
+
+def test_every_epoch_has_a_line_with_terms_metrics_and_speed(hybrid: tuple[Path, dict[str, Any]]) -> None:
+    found = [json.loads(line) for line in (hybrid[0] / "epochs.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in found] == list(range(1, len(found) + 1))
+    for line in found:
+        assert line["terms"].keys() == {"distillation", "softsort", "am_rankmax"}
+        assert {"loss", "ndcg@10", "recall@50", "seconds", "samples_per_s", "scale"} <= line.keys()
+    best = max(found, key=lambda line: line["ndcg@10"])
+    assert best["epoch"] == hybrid[1]["best_epoch"]
+
+
+def test_a_loaded_checkpoint_gives_the_reported_metrics(hybrid: tuple[Path, dict[str, Any]], log: Log) -> None:
+    network, spec, _ = load_checkpoint(hybrid[0])
+    held = held_out(log, TEST)
+    scores = score_network(network, encode_users(spec, log, held.requests), encode_items(spec, log), held.lists)
+    from model.evaluate import measure
+
+    assert measure(scores, held)["ndcg@10"].mean == pytest.approx(hybrid[1]["model"]["ndcg@10"]["mean"])
+
+
+def test_held_out_requests_carry_their_grades_and_no_future(hybrid: tuple[Path, dict[str, Any]], log: Log) -> None:
+    requests = json.loads((hybrid[0] / "heldout.json").read_text())
+    known = {int(item): row for row, item in enumerate(log.items.ids)}
+    rows = {int(user): row for row, user in enumerate(log.users.ids)}
+    test = log.split == TEST
+    for entry in requests:
+        body, grades = entry["request"], entry["grades"]
+        assert len(body["candidates"]) == len(grades) == len(set(body["candidates"]))
+        assert max(grades) > 0
+        user = rows[body["user_id"]]
+        positive = {known[item] for item, grade in zip(body["candidates"], grades, strict=True) if grade > 0}
+        taken = set(log.item[test & (log.user == user) & (log.grade > 0)].tolist())
+        assert positive <= taken
+        before = log.time[(log.user == user) & test].max()
+        past = set(log.item[(log.user == user) & (log.grade > 0) & (log.time < before)].tolist())
+        assert {known[item] for item in body["history"]} <= past
+        assert set(body["context"]) <= {"device", "hour"}
+
+
+def test_warmup_bodies_name_a_user_or_carry_features(hybrid: tuple[Path, dict[str, Any]]) -> None:
+    bodies = json.loads((hybrid[0] / "warmup.json").read_text())
+    assert 10 < len(bodies) <= 50
+    assert {("user_id" in body, "user" in body) for body in bodies} == {(True, False), (False, True)}
+    assert all(body["candidates"] for body in bodies)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "hybrid"])
+def test_two_epochs_and_a_resume_equal_four(log: Log, tmp_path: Path, loss: str) -> None:
+    recipe = replace(TINY, loss=loss, teacher=loss == "hybrid", options={**TINY.options, "dropout": 0.1}, patience=9)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(log, whole, replace(recipe, epochs=4))
+    train(log, parts, replace(recipe, epochs=2))
+    metrics = train(log, parts, replace(recipe, epochs=4), resume=True)
+    assert_same(weights(whole), weights(parts))
+    assert_same(weights(whole, "state.safetensors"), weights(parts, "state.safetensors"))
+    assert lines(whole) == lines(parts)
+    assert metrics["best_epoch"] == json.loads((whole / "metrics.json").read_text())["best_epoch"]
+
+
+def test_a_killed_training_leaves_its_last_epoch_and_goes_on(log: Log, tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "epoch 2" and done == 3:
+            raise KilledError
+
+    recipe = replace(TINY, epochs=3, patience=9)
+    with pytest.raises(KilledError):
+        train(log, tmp_path / "killed", recipe, progress=kill)
+    load_checkpoint(tmp_path / "killed")
+    assert len(lines(tmp_path / "killed")) == 1
+    journal = tmp_path / "killed" / "epochs.jsonl"
+    journal.write_text(journal.read_text() + '{"epoch": 2}\n')  # killed between a line and its state
+    train(log, tmp_path / "killed", recipe, resume=True)
+    train(log, tmp_path / "whole", recipe)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "killed")
+
+
+def test_one_seed_gives_one_network_and_another_seed_another(log: Log, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(log, tmp_path / name, replace(TINY, seed=seed, epochs=1))
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    theirs = weights(tmp_path / "c")
+    assert any(not torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "a").items())
+
+
+def test_early_stopping_keeps_the_best_epoch(log: Log, tmp_path: Path) -> None:
+    metrics = train(log, tmp_path / "run", replace(TINY, epochs=30, patience=1, lr=0.05))
+    found = lines(tmp_path / "run")
+    assert len(found) < 30
+    assert metrics["best_epoch"] == len(found) - 1
+
+
+def test_fixed_steps_bound_an_epoch(log: Log, tmp_path: Path) -> None:
+    seen = []
+    train(log, tmp_path / "run", replace(TINY, epochs=1, steps=3), progress=lambda w, d, t: seen.append((w, t)))
+    assert ("epoch 1", 3) in seen
+
+
+@pytest.mark.parametrize("network", ["lr", "two_tower"])
+def test_the_other_networks_train_too(log: Log, tmp_path: Path, network: str) -> None:
+    metrics = train(log, tmp_path / "run", replace(TINY, network=network, options={}, epochs=1))
+    assert np.isfinite(metrics["model"]["ndcg@10"]["mean"])
+
+
+@pytest.mark.parametrize("form", [{"stages": True}, {"string_ids": True}, {"history": 0}, {"teacher": True}])
+def test_every_form_of_log_trains(tmp_path: Path, form: dict[str, Any]) -> None:
+    log = read_log(write_tiny_log(tmp_path / "log", users=40, **form))
+    recipe = replace(TINY, epochs=1, loss="hybrid", teacher=True)
+    metrics = train(log, tmp_path / "run", recipe)
+    assert metrics["teacher"]["logged"] == form.get("teacher", False)
+    body = json.loads((tmp_path / "run" / "heldout.json").read_text())[0]["request"]
+    assert isinstance(body["user_id"], str if form.get("string_ids") else int)
+
+
+def test_an_earlier_run_is_replaced_and_other_files_are_not(log: Log, tmp_path: Path) -> None:
+    train(log, tmp_path / "run", replace(TINY, epochs=1))
+    train(log, tmp_path / "run", replace(TINY, epochs=1, seed=3))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(TrainError, match="holds files but no training run"):
+        train(log, tmp_path / "other", TINY)
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
+
+
+def test_resuming_with_another_recipe_or_without_a_run_is_refused(log: Log, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="is not a training run"):
+        train(log, tmp_path / "none", TINY, resume=True)
+    run = tmp_path / "run"
+    train(log, run, replace(TINY, epochs=1))
+    with pytest.raises(TrainError, match=r"was trained with lr 0\.003, this run asks 0\.5"):
+        train(log, run, replace(TINY, epochs=2, lr=0.5), resume=True)
+    (run / "state.safetensors").write_bytes((run / "state.safetensors").read_bytes()[:-100])
+    with pytest.raises(TrainError, match="cannot be resumed"):
+        train(log, run, replace(TINY, epochs=2), resume=True)
+    (run / "state.safetensors").unlink()
+    with pytest.raises(TrainError, match="has no state to resume from"):
+        train(log, run, replace(TINY, epochs=2), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": "transformer"}, "network 'transformer' is not known: use one of"),
+        ({"loss": "magic"}, "loss 'magic' is not known: use one of"),
+        ({"sampler": "none"}, "sampler 'none' is not known: use one of"),
+        ({"options": {"depth": 3}}, "does not take these options.*depth"),
+        ({"sampler_options": {"width": 3}}, "sampler 'full' does not take these options.*width"),
+        ({"loss_options": {"width": 3}}, "loss softmax.*width"),
+        ({"lr": 0.0}, "lr is 0.0: it must be above 0"),
+        ({"device": "tpu"}, "device is 'tpu': use cpu or cuda"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused(log: Log, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        train(log, tmp_path / "run", replace(TINY, **change))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_without_a_gpu_is_refused(log: Log, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="torch sees no GPU"):
+        train(log, tmp_path / "run", replace(TINY, device="cuda"))
+
+
+def test_a_changed_or_broken_checkpoint_is_refused(log: Log, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(log, run, replace(TINY, epochs=1))
+    spec = json.loads((run / "spec.json").read_text())
+    spec["fields"][0]["vocabulary"] = spec["fields"][0]["vocabulary"][:-1]
+    good = (run / "spec.json").read_text()
+    (run / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(TrainError, match=r"spec\.json has id"):
+        load_checkpoint(run)
+    (run / "spec.json").write_text(good)
+    (run / "weights.safetensors").write_bytes(b"short")
+    with pytest.raises(TrainError, match="cannot be loaded"):
+        load_checkpoint(run)
+    with pytest.raises(TrainError, match="is not a training run"):
+        load_checkpoint(tmp_path / "nowhere")

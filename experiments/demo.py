@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from loadtest.serving import end, free_port, serve_command, wait_until_ready
-from model.datasets import read_log
-from model.metrics import ndcg, recall
-from ranktower_client import RankTower, Ranking
+from loadtest.serving import free_port, serve_command, served
+from model.datasets import Log, read_log
+from model.datasets.log import TRAIN
+from model.metrics import ndcg, rank, recall
+from ranktower_client import Ranking, RankTower
 
 VAR = Path("var")
 K = 10
@@ -37,7 +39,7 @@ class HeldOut:
     bodies: list[dict[str, Any]]
     grade: np.ndarray  # (L, n) int
     mask: np.ndarray  # (L, n) bool
-    popularity: np.ndarray  # (L, n) float, positives of each candidate in training
+    popularity: np.ndarray  # (L, n) int, how often each candidate was taken in training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,37 +52,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store = f"file://./{VAR}/releases"
     learn_and_publish(options.data, store)
     port = options.port if is_free(options.port) else free_port()
-    command = serve_command(store, port, retrieval=True)
-    step(5, "serve", command)
-    with (VAR / "service.log").open("wb") as log:
-        service = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(service, url, VAR / "service.log", 60.0)
+    step(5, "serve", [*serve_command(store, port), "--retrieval"])
+    with served(store, port=port, flags=["--retrieval"]) as url:
         show(url)
-        console.print(f"\nDone in {time.monotonic() - started:.0f} s. The service answers at [bold]{url}[/] ({url}/docs).")
+        console.print(
+            f"\nDone in {time.monotonic() - started:.0f} s. The service answers at [bold]{url}[/] ({url}/docs)."
+        )
         if sys.stdout.isatty() and not options.once:
             console.print("`make refresh` in another terminal publishes changed items to it. Ctrl-C ends it.")
-            service.wait()
-    except KeyboardInterrupt:
-        console.print("ending the service")
-    finally:
-        end(service)
+            with suppress(KeyboardInterrupt):
+                signal.pause()
     return 0
 
 
 def learn_and_publish(data: str, store: str) -> None:
     """Steps 1 to 4, each one verb of the command line, printed as a user would type it."""
     log, run, bundle = VAR / "log", VAR / "run", VAR / "bundle"
+    published = ["--users", str(log), "--index", "flat"]
     verbs = [
         ("data", [data, "--out", str(log)]),
         ("train", ["--log", str(log), "--out", str(run)]),
         ("export", ["--run", str(run), "--out", str(bundle)]),
-        (
-            "publish",
-            ["--bundle", str(bundle), "--items", str(log / "items.parquet"), "--users", str(log)]
-            + ["--index", "flat", "--store", store],
-        ),
+        ("publish", ["--bundle", str(bundle), "--items", str(log / "items.parquet"), *published, "--store", store]),
     ]
     for number, (verb, rest) in enumerate(verbs, start=1):
         command = [sys.executable, "-m", "service.cli", verb, *rest]
@@ -108,47 +101,55 @@ def is_free(port: int) -> bool:
     return True
 
 
-# --- step 6: rank held-out users ----------------------------------------------------------------------------------------
+# --- step 6: rank held-out users -------------------------------------------------------------------------------------
 
 
 def show(url: str) -> None:
     """Rank every held-out list over HTTP; print some users, the metrics and the stage times."""
-    held_out = read_held_out(VAR / "run" / "heldout.json")
     console.rule("[bold]6/6 rank held-out users over HTTP", align="left")
     log = read_log(VAR / "log")
+    held_out = read_held_out(VAR / "run" / "heldout.json", log)
     titles = dict(zip(log.items.ids.tolist(), item_titles(log), strict=True))
     with RankTower(url, timeout_s=10.0) as client:
-        rankings = [client.rank(**body) for body in track(held_out.bodies, "ranking", console=console, transient=True)]
+        rankings = [
+            client.rank(**body, top_k=len(body["candidates"]))
+            for body in track(held_out.bodies, "ranking", console=console, transient=True)
+        ]
     for row in np.flatnonzero((held_out.grade > 0).any(axis=1))[:SHOWN_USERS]:
         show_user(held_out, int(row), rankings[row], titles)
     show_metrics(held_out, rankings)
     show_stages(rankings)
 
 
-def item_titles(log: Any) -> list[str]:
+def item_titles(log: Log) -> list[str]:
     """What to call each item: its title where the log has one, else its id."""
-    title = log.items.columns.get(log.schema.title) if log.schema.title else None
+    title = log.items.columns.get(log.schema.columns.title) if log.schema.columns.title else None
     return [str(name) for name in (log.items.ids if title is None else title).tolist()]
 
 
-def read_held_out(path: Path) -> HeldOut:
+def read_held_out(path: Path, log: Log) -> HeldOut:
     lists = json.loads(path.read_text())
+    bodies = [entry["request"] for entry in lists]
+    taken = log.item[(log.grade > 0) & (log.split == TRAIN)]
+    often = dict(zip(log.items.ids.tolist(), np.bincount(taken, minlength=len(log.items)).tolist(), strict=True))
     width = max(len(entry["grades"]) for entry in lists)
 
-    def padded(key: str) -> np.ndarray:
-        return np.array([entry[key] + [0] * (width - len(entry[key])) for entry in lists])
+    def padded(rows: list[list[int]]) -> np.ndarray:
+        return np.array([row + [0] * (width - len(row)) for row in rows])
 
     return HeldOut(
-        bodies=[entry["request"] for entry in lists],
-        grade=padded("grades"),
-        mask=np.arange(width) < np.array([[len(entry["grades"])] for entry in lists]),
-        popularity=padded("popularity"),
+        bodies=bodies,
+        grade=padded([entry["grades"] for entry in lists]),
+        mask=np.arange(width) < np.array([[len(body["candidates"])] for body in bodies]),
+        popularity=padded([[often[item] for item in body["candidates"]] for body in bodies]),
     )
 
 
 def show_user(held_out: HeldOut, row: int, ranking: Ranking, titles: dict[Any, str]) -> None:
     body = held_out.bodies[row]
-    table = Table(title=f"user {body.get('user_id')}, {len(body['candidates'])} candidates", title_justify="left", box=None)
+    table = Table(
+        title=f"user {body.get('user_id')}, {len(body['candidates'])} candidates", title_justify="left", box=None
+    )
     for name in ("item", "score", "probability", "took it later"):
         table.add_column(name, justify="left" if name == "item" else "right")
     for place in range(min(SHOWN_ITEMS, len(ranking))):
@@ -162,21 +163,18 @@ def show_user(held_out: HeldOut, row: int, ranking: Ranking, titles: dict[Any, s
 
 
 def show_metrics(held_out: HeldOut, rankings: Sequence[Ranking]) -> None:
-    ours = np.zeros(held_out.grade.shape)
+    shape = held_out.grade.shape
+    ours = np.full(shape, -np.inf)
     for row, ranking in enumerate(rankings):
         ours[row, ranking.positions] = np.nan_to_num(ranking.scores, nan=-np.inf)
-    chance = np.zeros(held_out.grade.shape)  # all tied: metrics give ties their expected value
-    table = Table(title=f"{len(rankings)} held-out lists of {held_out.grade.shape[1]} candidates", title_justify="left", box=None)
+    chance = np.zeros(shape)  # all tied: metrics give ties their expected value
+    table = Table(title=f"{shape[0]} held-out lists of {shape[1]} candidates", title_justify="left", box=None)
     for name in ("", f"Recall@{K}", f"NDCG@{K}"):
         table.add_column(name, justify="right" if name else "left")
     for name, scores in (("RankTower, over HTTP", ours), ("popularity", held_out.popularity), ("random", chance)):
-        values = [np.nanmean(metric(scores, held_out.grade, held_out.mask, K)) for metric in metrics()]
-        table.add_row(name, *(f"{value:.4f}" for value in values))
+        ranked = rank(scores, held_out.grade, held_out.mask)
+        table.add_row(name, f"{np.nanmean(recall(ranked, K)):.4f}", f"{np.nanmean(ndcg(ranked, K)):.4f}")
     console.print(table)
-
-
-def metrics() -> tuple[Callable[..., np.ndarray], ...]:
-    return recall, ndcg
 
 
 def show_stages(rankings: Sequence[Ranking]) -> None:

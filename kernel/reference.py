@@ -24,7 +24,7 @@ from kernel.head import HeadSpec
 NORM_FLOOR = 1e-6
 CHUNK = 2048  # candidates scored at a time by cross-attention: keeps the intermediates in the cache
 
-Floats = NDArray[np.floating[Any]]
+Floats = NDArray[Any]  # float32 to serve, float64 as an oracle
 FloatType = type[np.float32] | type[np.float64]
 
 
@@ -89,7 +89,8 @@ def _similarity(head: HeadSpec, user: Floats, items: Floats, dtype: FloatType) -
     user = user.astype(dtype, copy=False).reshape(-1, hu, d)
     if head.kind == "maxsim":
         flat = items[:, :width].astype(dtype, copy=False).reshape(-1, d)
-        return (flat @ user[0].T).reshape(len(items), hi, hu).transpose(0, 2, 1)
+        dots: Floats = (flat @ user[0].T).reshape(len(items), hi, hu).transpose(0, 2, 1)
+        return dots
     if head.kind != "cross_attention":
         raise ValueError(f"no kernel scores a {head.kind!r} head: it runs its own ONNX graph")
     parts = UserParts(*user)
@@ -99,7 +100,8 @@ def _similarity(head: HeadSpec, user: Floats, items: Floats, dtype: FloatType) -
     seen = _softmax(_affinity(parts.b, e) * root, axis=1)  # (n, Hu, Hi): item heads look at user heads
     user_attended = parts.e + parts.g * (looks @ v)  # (n, Hu, d)
     item_attended = e + g * (seen.transpose(0, 2, 1) @ parts.v)  # (n, Hi, d)
-    return _normalise(user_attended) @ _normalise(item_attended).transpose(0, 2, 1)
+    cosines: Floats = _normalise(user_attended) @ _normalise(item_attended).transpose(0, 2, 1)
+    return cosines
 
 
 def _affinity(user: Floats, items: Floats) -> Floats:
@@ -125,7 +127,7 @@ def _normalise(x: Floats) -> Floats:
 
 
 def top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.int32]:
-    """Positions of the k highest scores, best first; ties keep the lower position first. k is clamped to len(scores)."""
+    """Positions of the k highest scores, best first; ties keep the lower position first; k is clamped."""
     k = min(max(k, 0), len(scores))
     if k == 0:
         return np.empty(0, np.int32)

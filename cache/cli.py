@@ -66,7 +66,7 @@ def publish(
                 f"{plan.removed:,} removed; nothing was written"
             )
             return
-        with workplace(work) as folder:
+        with building_in(work) as folder:
             built = build_release(
                 bundle,
                 items,
@@ -256,7 +256,7 @@ def _print_recall(folder: Path, release: Release, users: NDArray[np.float32], so
 
 
 @contextmanager
-def workplace(work: Path) -> Iterator[Path]:
+def building_in(work: Path) -> Iterator[Path]:
     """A folder to build in; it goes when all is well, and stays when a built release could not be stored."""
     work.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="release-", dir=work))

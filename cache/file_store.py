@@ -65,7 +65,7 @@ class FileStore:
         with self._disk():
             if _is_whole(target, release):
                 return release.id
-            with self._workplace(release.id) as temporary:
+            with self._draft(release.id) as temporary:
                 _copy(folder, temporary, release, progress)
                 shutil.copyfile(folder / RELEASE, temporary / RELEASE)
                 sync_tree(temporary)
@@ -136,7 +136,7 @@ class FileStore:
     # --- users
 
     def publish_users(self, path: Path, progress: Progress = no_progress) -> str:
-        with self._disk(), self._workplace("users") as temporary:
+        with self._disk(), self._draft("users") as temporary:
             shutil.copyfile(path, temporary / USER_TABLE)
             table = seal_users(temporary)
             sync_tree(temporary)
@@ -228,7 +228,7 @@ class FileStore:
             yield
 
     @contextmanager
-    def _workplace(self, name: str) -> Iterator[Path]:
+    def _draft(self, name: str) -> Iterator[Path]:
         """A folder to fill; its lock tells `prune` that somebody is at work."""
         temporary = self.root / "tmp" / f"{name}.{uuid.uuid4().hex[:8]}"
         lock = _lock_of(temporary)
@@ -271,8 +271,8 @@ class FileStore:
         return swept
 
 
-def _lock_of(workplace: Path) -> Path:
-    return workplace.with_name(f"{workplace.name}.lock")
+def _lock_of(draft: Path) -> Path:
+    return draft.with_name(f"{draft.name}.lock")
 
 
 def _is_whole(folder: Path, artifact: Artifact) -> bool:

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with RankTower(options.url, timeout_s=5.0) as client:
         try:
-            before = client.release()
+            before = client.release().id
         except RankTowerError as error:
             console.print(f"no service answers at {options.url} ({error}): start one with `make serve` or `make demo`")
             return 1
@@ -74,7 +74,7 @@ def watch(client: RankTower, before: str, within_s: float = 30.0) -> int:
     """Print when the service answers from another release than `before`."""
     began = time.monotonic()
     while time.monotonic() - began < within_s:
-        now = client.release()
+        now = client.release().id
         if now != before:
             console.print(
                 f"the service took release [bold]{now}[/] {time.monotonic() - began:.2f} s after it was current"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import gevent
 import locust.stats
-from locust import FastHttpUser, constant_pacing, events, task
+from locust import FastHttpUser, events, task
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 from locust.stats import RequestStats, StatsEntry
@@ -43,17 +44,21 @@ class RankUser(FastHttpUser):
     release: ClassVar[str] = ""
 
     def on_start(self) -> None:
-        """Take a place in the corpus and a share of the wanted rate."""
+        """Take a place in the corpus and in time, and a share of the wanted rate."""
         options = options_of(self.environment)
         start = random.randrange(len(self.bodies))
         self._next: Iterator[Any] = itertools.cycle(self.bodies[start:] + self.bodies[:start])
-        period_s = options.num_users / options.rate if options.rate else 0.0
-        self._pause = constant_pacing(period_s)
-        gevent.sleep(random.uniform(0.0, period_s))  # else all users would send at once, period after period
+        self._period_s = options.num_users / options.rate if options.rate else 0.0
+        self._due_at = time.perf_counter() + random.uniform(0.0, self._period_s)
+        gevent.sleep(self._left_s())
 
     def wait_time(self) -> float:
-        """Seconds until the next request of this user."""
-        return float(self._pause(self))
+        """Seconds until this user sends again. With half a period of jitter: users that met once would meet always."""
+        self._due_at += self._period_s * random.uniform(0.5, 1.5)
+        return self._left_s()
+
+    def _left_s(self) -> float:
+        return max(0.0, self._due_at - time.perf_counter())
 
     @task
     def rank(self) -> None:

@@ -144,7 +144,7 @@ def softsort(
     *,
     tau: float = 1.0,
     power: float = 1.0,
-    anchors: Literal["fixed", "moving"] = "fixed",
+    anchors: Literal["moving", "fixed"] = "moving",
     reduce: Reduce = "mean",
 ) -> Tensor:
     """Cross-entropy of the sorting matrix of (grade, then p) with SoftSort(z), over the ranks of the impressions.
@@ -153,9 +153,9 @@ def softsort(
 
     z is divided by its deviation within the list (gradient included), or the loss would fall by blowing up the scale
     alone. Items that tie in both grade and p share their ranks uniformly, and a list in which all tie costs 0.
-    With `anchors` moving, gradient flows through the sorted values z_[k] as published: an item is drawn to its rank and
-    the rank's holder to the item, and lists settle in wrong orders. Fixed anchors, our own choice, sort every list
-    (docs/decisions.md).
+    With `anchors` moving, gradient flows through the sorted values z_[k] too, as published: an item is drawn to its
+    rank and the rank's holder to the item. Fixed anchors sort any list of free scores, moving ones do not; trained
+    networks came out equal or better with moving ones (docs/decisions.md).
     """
     at = _impressions(_lists(scores, labels, mask))
     z = _standardised(at)
@@ -265,9 +265,10 @@ class Hybrid(nn.Module):
         if balance not in get_args(Balance):
             raise TrainError(f"hybrid balance is {balance!r}: use one of {', '.join(get_args(Balance))}")
         self.weights = dict(weights or {"distillation": 1.0, "softsort": 1.0, "am_rankmax": 1.0})
-        for name in [*self.weights, *(options or {})]:
-            if name not in FUNCTIONS:
-                raise TrainError(f"hybrid has no term {name!r}: use {', '.join(FUNCTIONS)}")
+        for name in self.weights.keys() - FUNCTIONS.keys():
+            raise TrainError(f"hybrid has no term {name!r}: use {', '.join(FUNCTIONS)}")
+        for name in (options or {}).keys() - self.weights.keys():
+            raise TrainError(f"hybrid has options of {name!r}, which is not a term: use {', '.join(self.weights)}")
         self.terms = nn.ModuleDict(
             {name: Listwise(name, grades=grades, **(options or {}).get(name, {})) for name in self.weights}
         )

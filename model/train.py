@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -108,8 +108,7 @@ class Learner:
     @property
     def best(self) -> Network:
         """The network with averaged weights."""
-        averaged: Network = self.average.module
-        return averaged
+        return cast(Network, self.average.module)
 
 
 def train(
@@ -174,7 +173,7 @@ def _set_up(recipe: Recipe, spec: FeatureSpec, grades: int) -> Learner:
         {"params": rest, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
         {"params": embeddings, "lr": recipe.embedding_lr, "weight_decay": 0.0},
     ]
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))  # type: ignore[no-untyped-call]
     return Learner(network=network, average=average, loss=loss, optimizer=torch.optim.AdamW(groups))
 
 

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from threadpoolctl import threadpool_limits
 
 from cache.store import ReleaseStore, open_store
 from model.errors import RankTowerError
@@ -66,7 +67,8 @@ class Service:
         self.refresher.start()
         restore = self._drain_on_sigterm()
         try:
-            yield
+            with threadpool_limits(limits=1, user_api="blas"):  # NumPy's own threads fight those of the pool
+                yield
         finally:
             self.draining = True
             restore()
@@ -82,7 +84,6 @@ class Service:
         body = await _read(request, self.settings.max_body_bytes)
         clock = StageClock()
         async with self.admission.admit(arrived_ns) as permit:
-            clock.lap("queue")
             ranker = self.refresher.ranker()
             answer = await self._work(answerer, permit, ranker, body, clock)
         self._count(answer, clock)
@@ -91,12 +92,16 @@ class Service:
 
     async def _work(self, answerer: Answerer, permit: Permit, ranker: Ranker, body: bytes, clock: StageClock) -> Answer:
         """Commas bound the candidates of a body from above, so the choice of a thread comes before any decoding."""
+
+        def begin() -> Answer:
+            clock.lap("queue")  # waiting for a thread of the pool is waiting, too
+            return answerer(permit, ranker, body, self.limits, clock)
+
         cost_ns = REQUEST_NS * max(1, body.count(b'"candidates"')) + ranker.candidate_ns * body.count(b",")
         searches = answerer is answer_retrieve  # as long as the index is large, which the body does not tell
         if cost_ns <= self.settings.inline_ms * 1e6 and not searches:
-            return answerer(permit, ranker, body, self.limits, clock)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool, answerer, permit, ranker, body, self.limits, clock)
+            return begin()
+        return await asyncio.get_running_loop().run_in_executor(self.pool, begin)
 
     def _count(self, answer: Answer, clock: StageClock) -> None:
         self.telemetry.observe_stages(clock)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 ID_LENGTH = 1024  # characters of a string id; a snapshot holds none of more bytes
 TOP_K = 100  # items of an answer, unless asked otherwise
-PER_HEAD = 200  # items that each user head brings to a retrieval, unless asked otherwise
+PER_HEAD = 500  # items that each user head brings to a retrieval, unless asked otherwise
 MAX_PER_HEAD = 10_000
 DEADLINE_MS = 3_600_000  # the longest deadline
 

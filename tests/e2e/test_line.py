@@ -19,6 +19,8 @@ from cache.store import open_store
 from kernel.reference import score_oracle
 from loadtest.serving import served
 from model.bundle import open_bundle
+from model.datasets import read_log
+from model.datasets.log import Table
 from ranktower_client import Ranking, RankTower
 from tests.logs import write_tiny_log
 from tests.redis_server import redis_server
@@ -39,6 +41,7 @@ class Line:
     """A tiny log, two bundles trained on it, and a Redis to publish to."""
 
     log: Path
+    users: Table
     bundles: list[Path]
     store: str
     cache: Path
@@ -73,8 +76,9 @@ class Line:
     def oracle(self, release: str, body: dict[str, Any]) -> np.ndarray:
         """float64 scores of the candidates of a body (no unknown item) under a release."""
         bundle, items = self.opened(release)
-        row = {**body.get("user", {}), **body.get("context", {}), "history": body.get("history", [])}
-        row["user_id"] = body["user_id"]
+        place = self.users.ids.tolist().index(body["user_id"])
+        known = {name: column[place] for name, column in self.users.columns.items()}  # what the user table filled in
+        row = {**known, **body["context"], "history": body["history"], "user_id": body["user_id"]}
         record = bundle.user_tower().run(bundle.spec.encode_row("user", row)[None])[0]
         rows = items.lookup(np.array(body["candidates"]))
         return score_oracle(bundle.head, record, items.records[rows])
@@ -92,7 +96,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Line]:
         bundles.append(bundle)
     held_out = [entry["request"] for entry in json.loads((folder / "run1" / "heldout.json").read_text())]
     with redis_server() as url:
-        yield Line(log, bundles, url, folder / "cache", held_out)
+        yield Line(log, read_log(log).users, bundles, url, folder / "cache", held_out)
 
 
 def test_a_running_service_takes_over_a_release_without_a_failed_request(line: Line) -> None:
@@ -117,7 +121,7 @@ def test_a_running_service_takes_over_a_release_without_a_failed_request(line: L
 
     with served(line.store) as url:
         with RankTower(url) as client:
-            assert client.release() == first
+            assert client.release().id == first
         expected: list[str] = []
         callers = [threading.Thread(target=ask, args=(url, expected)) for _ in range(2)]
         for caller in callers:

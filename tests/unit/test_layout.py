@@ -126,6 +126,7 @@ def test_every_source_file_of_a_room_has_a_test_file() -> None:
     covered_by = {  # one contract suite or a whole room's file stands for these
         "head": "test_reference.py",
         "file_store": "test_stores.py",
+        "redis_chunks": "test_stores.py",
         "redis_store": "test_stores.py",
         "store": "test_stores.py",
         "log": "test_datasets.py",

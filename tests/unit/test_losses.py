@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ GRADES = 3
 Batch = tuple[Tensor, Labels, Tensor]
 
 
-def make(name: str) -> torch.nn.Module:
+FIXED_ANCHORS = {"softsort": {"anchors": "fixed"}, "hybrid": {"options": {"softsort": {"anchors": "fixed"}}}}
+
+
+def make(name: str, **options: Any) -> torch.nn.Module:
     """A loss as training makes it, in evaluation mode: the hybrid's balance stands still."""
-    return LOSSES[name](grades=GRADES).eval()
+    return LOSSES[name](grades=GRADES, **options).eval()
 
 
 def random_batch(seed: int = 0, b: int = 5, n: int = 9, dtype: torch.dtype = torch.float64) -> Batch:
@@ -141,8 +145,7 @@ def test_a_loss_equals_its_float64_oracle(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     scores, labels, mask = random_batch(seed=1, b=3, n=6)
-    moving = {"softsort": {"anchors": "moving"}, "hybrid": {"options": {"softsort": {"anchors": "moving"}}}}
-    loss = LOSSES[name](grades=GRADES, **moving.get(name, {})).eval()
+    loss = make(name)
     assert torch.autograd.gradcheck(lambda z: loss(z, labels, mask), scores.requires_grad_())
 
 
@@ -213,10 +216,10 @@ def test_perfect_order_costs_less_than_its_reverse(name: str) -> None:
 def test_descending_the_loss_alone_ranks_the_positives_first(name: str) -> None:
     scores, labels, mask = one_list([0.0, 0.1, 0.2, 0.3, 0.4, 0.5], [3, 2, 1, 0, 0, 0], [0.9, 0.7, 0.5, 0.3, 0.2, 0.1])
     scores.requires_grad_()
-    optimizer = torch.optim.Adam([scores], lr=0.05)
+    loss, optimizer = make(name, **FIXED_ANCHORS.get(name, {})), torch.optim.Adam([scores], lr=0.05)
     for _ in range(150):
         optimizer.zero_grad()
-        make(name)(scores, labels, mask).backward()
+        loss(scores, labels, mask).backward()
         optimizer.step()
     assert scores[0, :3].min() > scores[0, 3:].max()
 
@@ -297,7 +300,7 @@ def test_softsort_of_a_list_without_an_order_costs_nothing() -> None:
     assert not slope.any()
 
 
-def test_fixed_anchors_sort_any_list_and_the_published_moving_ones_do_not() -> None:
+def test_fixed_anchors_sort_any_list_of_free_scores_and_moving_ones_do_not() -> None:
     """From 32 random starts of 12 items: all sorted, against fewer than half (see docs/decisions.md)."""
     labels = Labels(torch.arange(12, 0, -1).expand(32, -1), torch.zeros(32, 12), torch.ones(32, 12, dtype=torch.bool))
     sorted_share = {}
@@ -328,6 +331,13 @@ def test_softsort_and_distillation_see_impressions_only() -> None:
         _, slope = cost_and_slope(loss, (scores, labels, mask))
         assert not slope[~labels.impression].any()
         assert slope[labels.impression & mask].any()
+
+
+def test_gradient_flows_through_the_sorted_values_unless_anchors_are_fixed() -> None:
+    batch = one_list([2.0, 1.0, 0.0], [2, 1, 0])
+    moving, fixed = (cost_and_slope(partial(softsort, anchors=anchors), batch) for anchors in ("moving", "fixed"))
+    assert moving[0] == fixed[0]
+    assert not torch.allclose(moving[1], fixed[1])
 
 
 def test_soft_labels_are_not_normalised() -> None:
@@ -411,6 +421,7 @@ def test_gradients_reach_every_parameter_of_the_hybrid(balance: str) -> None:
         ({"balance": "even"}, "balance is 'even'"),
         ({"weights": {"softsort": 1.0, "luck": 1.0}}, "no term 'luck'"),
         ({"options": {"softsort": {"taw": 1}}}, "no option 'taw'"),
+        ({"options": {"rankmax": {"rivals": "all"}}}, "'rankmax', which is not a term"),
     ],
 )
 def test_a_wrong_option_of_the_hybrid_is_named(options: dict[str, object], complaint: str) -> None:

@@ -57,7 +57,9 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workers_read_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(store="redis://somewhere", retrieval=True, inline_ms=3.5, port=1234, cache_dir=Path("/tmp/x"))
+    settings = Settings(
+        store="redis://somewhere", retrieval=True, inline_ms=3.5, port=1234, cache_dir=Path("elsewhere")
+    )
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", {**os.environ})  # what sharing sets ends with this block
         metrics = settings.share()

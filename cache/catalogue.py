@@ -28,6 +28,7 @@ class Catalogue:
     path: Path
     spec: FeatureSpec
     ids: pa.Array
+    id_column: str  # where the ids are; the field that holds the id itself is read from there, too
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -35,11 +36,13 @@ class Catalogue:
     def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
         """Ids (b,) and encoded features (b, item width). Raises DataError naming file, column, row and remedy."""
         fields = self.spec.item_fields
-        names = list(dict.fromkeys(field.name for field in fields))
+        columns_of = {field.name: column_of(field.name, self.spec, self.id_column) for field in fields}
+        names = list(dict.fromkeys(columns_of.values()))
         with pq.ParquetFile(self.path) as file:
             start = 0
             for batch in _resized(file, names):
-                block = _Block(self.path, batch, start)
+                named = pa.table({name: batch[column] for name, column in columns_of.items()})
+                block = _Block(self.path, named, start)
                 columns: dict[str, Column] = {field.name: read_field(block, field) for field in fields}
                 ids = as_objects(self.ids.slice(start, len(block)))
                 yield ids, self._encode(columns, len(block))
@@ -74,11 +77,16 @@ def open_catalogue(path: Path, spec: FeatureSpec, id_column: str | None = None) 
         )
     known = pq.read_schema(path).names
     for wanted in spec.item_fields:
-        if wanted.name not in known:
+        if column_of(wanted.name, spec, name) not in known:
             raise DataError(
                 f"{path} has no column {wanted.name!r}, which the bundle reads: {nearest(wanted.name, known)}"
             )
-    return Catalogue(path, spec, ids)
+    return Catalogue(path, spec, ids, name)
+
+
+def column_of(field: str, spec: FeatureSpec, id_column: str) -> str:
+    """Name of the column that holds an item field's values."""
+    return id_column if field == spec.item_id_name else field
 
 
 def _resized(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.Table]:

@@ -6,10 +6,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -17,56 +18,68 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cache.durable import locked, locked_now
 from cache.errors import StoreError
-from cache.release import BUNDLE, INDEX, ITEMS, Release, read_release
+from cache.release import BUNDLE, INDEX, ITEMS, USER_TABLE, IndexKind, Release, created_at, read_release, utc_now
 from cache.release import Progress as Report
 from cache.snapshot import Snapshot
-from cache.store import ReleaseStore, open_store
+from cache.store import ReleaseInfo, ReleaseStore, open_store
+from kernel.head import HeadSpec
+
+if TYPE_CHECKING:
+    from cache.embed import Counts
 
 DEFAULT_STORE = "file://./var/releases"
 BYTES_STAGES = ("publish", "verify")
 CANDIDATES_PER_HEAD = [50, 100, 200, 500, 1000, 2000]
 RECALL_AT, RECALL_WANTED = 100, 0.95
+LOCK = ".lock"
+NOT_CURRENT = "not current: see `ranktower releases activate`"
 
 app = typer.Typer(help="Publish and look after releases.", no_args_is_help=True)
 releases = typer.Typer(help="List, activate, roll back, prune and check the releases of a store.", no_args_is_help=True)
 app.add_typer(releases, name="releases")
+users = typer.Typer(help="Publish, show and delete the user table of a bundle, by itself.", no_args_is_help=True)
+app.add_typer(users, name="users")
 console = Console(highlight=False, soft_wrap=True)
 
 StoreUrl = Annotated[str, typer.Option("--store", help="file://./folder or redis://host:port/db?prefix=name")]
+BundleFolder = Annotated[Path, typer.Option("--bundle", help="Bundle folder, as `ranktower export` writes it.")]
+WorkFolder = Annotated[Path, typer.Option("--work", help="Folder to build in.")]
 CacheDir = Annotated[Path, typer.Option("--cache", help="Where releases from a remote store are kept locally.")]
 
 
 @app.command()
 def publish(
-    bundle: Annotated[Path, typer.Option(help="Bundle folder, as `ranktower export` writes it.")],
+    bundle: BundleFolder,
     items: Annotated[Path, typer.Option(help="Parquet file with the id and the features of every item.")],
     store: StoreUrl = DEFAULT_STORE,
-    index: Annotated[str, typer.Option(help="Index for requests without candidates: none, flat or ivf-sq8.")] = "none",
-    users: Annotated[Path | None, typer.Option(help="Log folder whose users and histories to publish, too.")] = None,
+    index: Annotated[IndexKind, typer.Option(help="Index for requests without candidates.")] = IndexKind.NONE,
+    log: Annotated[Path | None, typer.Option("--users", help="Log folder whose users to publish, too.")] = None,
     activate: Annotated[bool, typer.Option(help="Make the release the current one.")] = True,
     incremental: Annotated[bool, typer.Option(help="Embed only what changed since the current release.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would change, and change nothing.")] = False,
     id_column: Annotated[str | None, typer.Option(help="Column of the item ids, if not that of the log.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that run the item tower; as many as processors.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder to build the release in.")] = Path("var/build"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that run the item tower; as many as processors.")
+    ] = None,
+    work: WorkFolder = Path("var/build"),
     cache: CacheDir = Path("var/cache"),
 ) -> None:
     """Embed the catalogue with a bundle and publish both as one release."""
     from cache.embed import build_release, plan_release
 
     target = open_store(store)
-    before = target.current()
+    before = _current(target)
     with reporting() as report:
-        previous = target.fetch(before, cache, report) if incremental and before else None
+        previous = _previous(target, before.id, cache, report) if incremental and before else None
         if dry_run:
             plan = plan_release(bundle, items, previous=previous, id_column=id_column, progress=report)
-            console.print(
-                f"would publish {plan.items:,} items: {plan.embedded:,} to embed, {plan.reused:,} unchanged, "
-                f"{plan.removed:,} removed; nothing was written"
-            )
+            _print_plan(plan, before, compared=previous is not None)
             return
+        target.check_writable()
         with building_in(work) as folder:
+            table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
             built = build_release(
                 bundle,
                 items,
@@ -77,32 +90,31 @@ def publish(
                 workers=workers,
                 progress=report,
             )
-            table = _users(bundle, users, folder / "users.snap", report)
             sent = _send(target, built, report)
             version = target.publish_users(table, for_users(report)) if table else None
             if activate:
                 target.activate(sent.release.id)
-    console.print(sent.line(store=target.url, current=activate, before=before))
+    sent.tell(store=target.url, current=activate, before=before)
     if version:
-        console.print(f"published the users of {users}, version {version}")
+        console.print(f"published the users of {log}, version {version}")
 
 
 @app.command()
 def verify(
     store: StoreUrl = DEFAULT_STORE,
     cache: CacheDir = Path("var/cache"),
-    sampled: Annotated[int, typer.Option("--users", help="Users whose retrieval is compared with everything.")] = 50,
-    seed: Annotated[int, typer.Option(help="Which users are drawn.")] = 0,
-    per_head: Annotated[int, typer.Option(help="Candidates per head at which MaxSim recall must be 0.95.")] = 500,
+    sampled: Annotated[int, typer.Option("--users", min=1, help="Users whose retrieval is checked.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Which users are drawn.")] = 0,
+    per_head: Annotated[int, typer.Option(min=1, help="Candidates per head that must bring recall 0.95.")] = 500,
 ) -> None:
     """Check every hash of the current release in the store, and what its index finds of the true best items."""
     target = open_store(store)
-    with checked(target, None, cache) as folder:
+    with checked(target, None, cache) as (folder, fresh):
         release = read_release(folder)
         if release.index == "none":
             console.print("it has no index (publish with --index flat), so no retrieval to check")
         else:
-            records, source = _sampled(folder, target, sampled, seed)
+            records, source = _sampled(folder, target, fresh, sampled, seed)
             _print_recall(folder, release, records, source, per_head)
 
 
@@ -113,7 +125,10 @@ def list_releases(store: StoreUrl = DEFAULT_STORE) -> None:
     for info in open_store(store).list():
         size = f"{info.size_bytes / 1e6:,.1f}"
         mark = " current" if info.current else ""
-        console.print(f"{info.id} {info.count:13,} {size:>10} {info.bundle_id} {info.snapshot_id}{mark}")
+        if info.damage:
+            console.print(f"{info.id} damaged{mark}: {info.damage}")
+        else:
+            console.print(f"{info.id} {info.count:13,} {size:>10} {info.bundle_id} {info.snapshot_id}{mark}")
 
 
 @releases.command("activate")
@@ -135,7 +150,7 @@ def rollback_release(store: StoreUrl = DEFAULT_STORE) -> None:
 
 @releases.command("prune")
 def prune_releases(
-    keep: Annotated[int, typer.Option(help="How many of the newest stay; the current one always does.")],
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest stay; the current one always does.")],
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
     """Delete old releases, and what dead publishers left behind."""
@@ -151,12 +166,12 @@ def push_release(
 ) -> None:
     """Publish a release folder that was built before, for example when the store failed after it was built."""
     target = open_store(store)
-    before = target.current()
+    before = _current(target)
     with reporting() as report:
         sent = _send(target, folder, report)
         if activate:
             target.activate(sent.release.id)
-    console.print(sent.line(store=target.url, current=activate, before=before))
+    sent.tell(store=target.url, current=activate, before=before)
 
 
 @releases.command("verify")
@@ -165,9 +180,48 @@ def verify_release(
     store: StoreUrl = DEFAULT_STORE,
     cache: CacheDir = Path("var/cache"),
 ) -> None:
-    """Check every hash of a release in the store."""
+    """Check every hash of a release in the store, and of the user table that it is served with."""
     with checked(open_store(store), release, cache):
         pass
+
+
+@users.command("publish")
+def publish_users(
+    bundle: BundleFolder,
+    log: Annotated[Path, typer.Option(help="Log folder whose users and histories to publish (docs/data.md).")],
+    store: StoreUrl = DEFAULT_STORE,
+    work: WorkFolder = Path("var/build"),
+) -> None:
+    """Replace the user table; services take it within seconds, their release stays."""
+    target = open_store(store)
+    target.check_writable()
+    with reporting() as report, building_in(work) as folder:
+        version = target.publish_users(_user_table(bundle, log, folder, report), for_users(report))
+    console.print(f"published the users of {log} to {target.url}, version {version}")
+
+
+@users.command("show")
+def show_users(bundle: BundleFolder, store: StoreUrl = DEFAULT_STORE) -> None:
+    """Version, number of users and age of the user table."""
+    target, spec_id = open_store(store), _spec_id(bundle)
+    table = target.users(spec_id)
+    if table is None:
+        raise StoreError(f"{target.url} has no user table for {bundle}: run `ranktower users publish`")
+    age = timedelta(seconds=round((utc_now() - created_at(table.id)).total_seconds()))
+    size = f"{table.size_bytes / 1e6:,.1f} MB"
+    console.print(f"version {table.id}: {table.count:,} users, {size}, {age} old, of specification {spec_id}")
+
+
+@users.command("delete")
+def delete_users(bundle: BundleFolder, store: StoreUrl = DEFAULT_STORE) -> None:
+    """Delete the user table; services forget it, and their local copies, within seconds."""
+    target, spec_id = open_store(store), _spec_id(bundle)
+    try:
+        version = target.users_version(spec_id)
+    except StoreError as error:
+        version = f"unknown ({error})"  # damaged, and to be deleted all the same
+    target.delete_users(spec_id)
+    console.print(f"deleted version {version} from {target.url}" if version else "nothing to delete")
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -180,16 +234,45 @@ class Sent:
     release: Release
     seconds: float
 
-    def line(self, *, store: str, current: bool, before: str | None) -> str:
-        """What is said at the end."""
+    def tell(self, *, store: str, current: bool, before: ReleaseInfo | None) -> None:
+        """Say at the end what was done, and warn of a catalogue that lost most of its items."""
         made, release = self.release.report, self.release
         size = f"{release.size_bytes / 1e6:,.1f} MB"
-        counts = ", ".join(f"{made[name]:,} {name}" for name in ("embedded", "reused", "removed") if name in made)
+        counts = ", ".join(f"{made[name]:,} {name}" for name in ("embedded", "reused", "removed") if made.get(name))
         speed = f"embedding {made['embed_s']:.1f} s, " if "embed_s" in made else ""
-        state = f"current, was {before or 'none'}" if current else "not current: see `ranktower releases activate`"
-        return (
-            f"published {release.id} to {store}: {release.count:,} items ({counts}), {size}; "
+        state = f"current, was {before.id if before else 'none'}" if current else NOT_CURRENT
+        console.print(
+            f"published {release.id} to {store}: {release.count:,} items{_than(before)} ({counts}), {size}; "
             f"{speed}storing {self.seconds:.1f} s; {state}"
+        )
+        _warn_if_shrunk(release.count, made.get("removed", 0), before)
+
+
+def _current(store: ReleaseStore) -> ReleaseInfo | None:
+    """The current release, to compare a new one with."""
+    return next((info for info in store.list() if info.current), None)
+
+
+def _print_plan(plan: Counts, before: ReleaseInfo | None, *, compared: bool) -> None:
+    removed = f", {plan.removed:,} removed" if compared else ""
+    console.print(
+        f"would publish {plan.items:,} items{_than(before)}: {plan.embedded:,} to embed, {plan.reused:,} unchanged"
+        f"{removed}; nothing was written"
+    )
+    _warn_if_shrunk(plan.items, plan.removed, before)
+
+
+def _than(before: ReleaseInfo | None) -> str:
+    return f", {before.count:,} before" if before and not before.damage else ""
+
+
+def _warn_if_shrunk(count: int, removed: int, before: ReleaseInfo | None) -> None:
+    """`removed` may be 0 because items were not compared one by one."""
+    gone = max(removed, before.count - count) if before else 0
+    if before and 2 * gone > before.count:
+        console.print(
+            f"warning: {gone:,} of the {before.count:,} items of {before.id} are gone: if that is not meant, mend the "
+            "items file; `ranktower releases rollback` goes back to the release before"
         )
 
 
@@ -199,16 +282,30 @@ def _send(store: ReleaseStore, folder: Path, report: Report) -> Sent:
     return Sent(release=read_release(folder), seconds=time.perf_counter() - started)
 
 
-def _users(bundle: Path, source: Path | None, out: Path, report: Report) -> Path | None:
+def _previous(store: ReleaseStore, release_id: str, cache: Path, report: Report) -> Path:
+    """A copy of the release in a corner of the cache where no service drops it while it is read."""
+    corner = cache / "publish"
+    folder = store.fetch(release_id, corner, report)
+    store.drop_cached(corner, {release_id})
+    return folder
+
+
+def _user_table(bundle: Path, log: Path, folder: Path, report: Report) -> Path:
     from cache.users import build_user_table
     from model.bundle import open_bundle
 
-    return build_user_table(open_bundle(bundle).spec, source, out, report) if source else None
+    return build_user_table(open_bundle(bundle).spec, log, folder / USER_TABLE, report)
+
+
+def _spec_id(bundle: Path) -> str:
+    from model.bundle import open_bundle
+
+    return open_bundle(bundle).spec.id
 
 
 @contextmanager
-def checked(store: ReleaseStore, release_id: str | None, cache: Path) -> Iterator[Path]:
-    """A fresh copy of a release, or of the current one, every hash of it checked, and said so."""
+def checked(store: ReleaseStore, release_id: str | None, cache: Path) -> Iterator[tuple[Path, Path]]:
+    """A release, or the current one, in a fresh cache, every hash of it checked, and said so; and that cache."""
     wanted = release_id or store.current()
     if wanted is None:
         raise StoreError(f"{store.url} has no current release: name one of `ranktower releases list`, or publish one")
@@ -220,20 +317,33 @@ def checked(store: ReleaseStore, release_id: str | None, cache: Path) -> Iterato
         found = read_release(folder)
         size = f"{found.size_bytes / 1e6:,.1f} MB"
         console.print(f"{found.id}: all hashes of {len(found.files)} files, {size}, are right")
-        yield folder
+        _check_users(store, _spec_id(folder / BUNDLE), Path(fresh))
+        yield folder, Path(fresh)
 
 
-def _sampled(folder: Path, store: ReleaseStore, count: int, seed: int) -> tuple[NDArray[np.float32], str]:
+def _check_users(store: ReleaseStore, spec_id: str, fresh: Path) -> None:
+    """The same for the user table that the release is served with."""
+    with reporting() as report:
+        path = store.fetch_users(spec_id, fresh, for_users(report))
+    if path is None:
+        console.print("no user table is published for it")
+    else:
+        table = Snapshot.open(path)
+        table.verify()
+        console.print(f"user table {path.parent.name}: all hashes of {len(table):,} users are right")
+
+
+def _sampled(folder: Path, store: ReleaseStore, cache: Path, count: int, seed: int) -> tuple[NDArray[np.float32], str]:
     """Records of users of the release, and who they are."""
     from cache.users import sample_users
     from model.bundle import open_bundle
 
     bundle = open_bundle(folder / BUNDLE)
-    return sample_users(bundle, store.fetch_users(bundle.spec.id, folder.parent), count, seed)
+    return sample_users(bundle, store.fetch_users(bundle.spec.id, cache), count, seed)
 
 
 def _print_recall(folder: Path, release: Release, users: NDArray[np.float32], source: str, per_head: int) -> None:
-    """The curve by candidates kept per head. Raises StoreError when MaxSim retrieval falls short at `per_head`."""
+    """The curve by candidates kept per head, and whether it suffices at `per_head`."""
     from cache.index import RetrievalIndex, recall_curve
 
     index = RetrievalIndex.open(folder / INDEX)
@@ -245,9 +355,14 @@ def _print_recall(folder: Path, release: Release, users: NDArray[np.float32], so
     console.print("candidates per head  recall")
     for kept, recall in curve.items():
         console.print(f"{kept:19,}  {recall:.4f}")
-    if release.head.kind == "maxsim" and curve[per_head] < RECALL_WANTED:
+    check_recall(release.id, release.head, curve[per_head], per_head)
+
+
+def check_recall(release_id: str, head: HeadSpec, recall: float, per_head: int) -> None:
+    """Raises StoreError unless MaxSim retrieval finds enough; with cross-attention the curve is for information."""
+    if head.kind == "maxsim" and not recall >= RECALL_WANTED:  # a NaN is not enough
         raise StoreError(
-            f"{release.id}: recall@{RECALL_AT} with {per_head} candidates per head is {curve[per_head]:.3f}, below "
+            f"{release_id}: recall@{RECALL_AT} with {per_head} candidates per head is {recall:.3f}, below "
             f"{RECALL_WANTED}: retrieve with more of them, or publish with --index flat"
         )
 
@@ -257,18 +372,37 @@ def _print_recall(folder: Path, release: Release, users: NDArray[np.float32], so
 
 @contextmanager
 def building_in(work: Path) -> Iterator[Path]:
-    """A folder to build in; it goes when all is well, and stays when a built release could not be stored."""
+    """A folder to build in; it goes when all is well, and stays when a built release could not be stored.
+
+    Its lock is free once its publisher is dead: the next one deletes what was left. A folder that stays has no lock.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="release-", dir=work))
-    try:
-        yield folder
-    except BaseException:
-        if (folder / "release").is_dir():
-            console.print(f"the built release stays in {folder / 'release'}: store it with `ranktower releases push`")
-        else:
-            shutil.rmtree(folder)
-        raise
-    shutil.rmtree(folder)
+    with ExitStack() as held:
+        with locked(work / LOCK):  # else another could take the folder's lock between its making and its locking
+            _sweep_builds(work)
+            folder = Path(tempfile.mkdtemp(prefix="release-", dir=work))
+            held.enter_context(locked(folder / LOCK))
+        try:
+            yield folder
+        except BaseException:
+            if (folder / "release").is_dir():
+                (folder / LOCK).unlink()
+                console.print(
+                    f"the built release stays in {folder / 'release'}: store it with `ranktower releases push`"
+                )
+            else:
+                shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+def _sweep_builds(work: Path) -> None:
+    """Delete what killed publishers were building."""
+    for lock in sorted(work.glob(f"release-*/{LOCK}")):
+        with locked_now(lock) as dead:
+            if dead:
+                shutil.rmtree(lock.parent)
+                console.print(f"deleted {lock.parent}, which a publisher left that was killed")
 
 
 def for_users(report: Report) -> Report:

@@ -21,7 +21,19 @@ from numpy.typing import NDArray
 
 from cache.catalogue import Catalogue, open_catalogue
 from cache.errors import StoreError
-from cache.release import BUNDLE, INDEX, INPUTS, ITEMS, RELEASE, Progress, no_progress, read_release, seal_release
+from cache.release import (
+    BUNDLE,
+    INDEX,
+    INPUTS,
+    ITEMS,
+    RELEASE,
+    IndexKind,
+    Progress,
+    index_kind,
+    no_progress,
+    read_release,
+    seal_release,
+)
 from cache.snapshot import Snapshot, SnapshotWriter
 from kernel.reference import mix
 from model.bundle import FILES, Bundle, open_bundle
@@ -149,9 +161,10 @@ def build_release(
 
     `previous` is a release folder whose records are used again where nothing changed; `workers` threads run the tower,
     the number of processors where absent, and the result does not depend on it. Raises DataError for the items,
-    BundleError for the bundle, SnapshotError for a record that is not finite.
+    BundleError for the bundle, StoreError for the index, SnapshotError for a record that is not finite.
     """
     opened = open_bundle(bundle)
+    kind = index_kind(index, opened.head)  # before hours of embedding
     catalogue = open_catalogue(items, opened.spec, id_column)
     before = open_previous(previous, opened.id)
     with replacing_folder(out, RELEASE) as folder:
@@ -165,9 +178,9 @@ def build_release(
             "removed": counts.removed,
             "embed_s": round(time.perf_counter() - started, 3),
         }
-        if index != "none":
-            report["index_s"] = _index(opened, folder, index, progress)
-        seal_release(folder, bundle_id=opened.id, head=opened.head, index=index, inputs=FINGERPRINT, report=report)
+        if kind is not IndexKind.NONE:
+            report["index_s"] = _index(opened, folder, kind, progress)
+        seal_release(folder, bundle_id=opened.id, head=opened.head, index=kind, inputs=FINGERPRINT, report=report)
     return out
 
 

@@ -8,7 +8,21 @@ RankTowerError
 
 from __future__ import annotations
 
+import errno
+
 from model.errors import RankTowerError
+
+IN_THE_WAY = "a file is where a folder should be: move it away, or name another folder"
+REMEDIES = {
+    errno.ENOSPC: "free space, for example with `ranktower releases prune --keep 1`",
+    errno.EACCES: "give this user the right to read and write there",
+    errno.EPERM: "give this user the right to read and write there",
+    errno.EROFS: "the disk is read-only: name a folder that can be written",
+    errno.ENOENT: "check the path",
+    errno.EEXIST: IN_THE_WAY,
+    errno.ENOTDIR: IN_THE_WAY,
+    errno.EISDIR: "a folder is where a file should be: move it away, or name another file",
+}
 
 
 class SnapshotError(RankTowerError):
@@ -21,3 +35,10 @@ class StoreError(RankTowerError):
 
 class UnknownRelease(StoreError):  # noqa: N818
     """The store holds no release of that name."""
+
+
+def disk_error(error: OSError) -> str:
+    """What the disk refused: the path, the reason and the remedy."""
+    reason = error.strerror or str(error) or type(error).__name__
+    named = reason if error.filename is None else f"{error.filename}: {reason}"
+    return f"{named}: {REMEDIES.get(error.errno or 0, 'check the disk and try again')}"

@@ -17,17 +17,19 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
 from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
-from cache.errors import StoreError, UnknownRelease
+from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.release import (
     NAME,
     RELEASE,
     USER_TABLE,
     Artifact,
     Progress,
+    UserTable,
     check_chunk,
     check_sizes,
     no_progress,
@@ -38,12 +40,6 @@ from cache.release import (
     verify_files,
 )
 from cache.store import HISTORY, POLL_S, Names, ReleaseInfo, ReleaseInfos
-
-REMEDIES = {
-    errno.ENOSPC: "free space, for example with `ranktower releases prune`",
-    errno.EACCES: "give this user the right to read and write there",
-    errno.EROFS: "the disk is read-only: publish from where it can be written",
-}
 
 
 class FileStore:
@@ -58,6 +54,16 @@ class FileStore:
         self._verified: set[Path] = set()
 
     # --- releases
+
+    def check_writable(self) -> None:
+        with self._disk():
+            for name in ("releases", "users"):
+                folder = self.root / name
+                folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            with self._draft("check"):
+                pass
 
     def publish(self, folder: Path, progress: Progress = no_progress) -> str:
         release = read_release(folder)
@@ -88,8 +94,8 @@ class FileStore:
 
     def list(self) -> ReleaseInfos:
         with self._disk():
-            current = self._pointer()[0]
-            return [ReleaseInfo.of(read_release(self.root / "releases" / name), current) for name in self._names()]
+            current, home = self._pointer()[0], self.root / "releases"
+            return [ReleaseInfo.read(name, partial(read_release, home / name), current) for name in self._names()]
 
     def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
         """Served in place: `cache_dir` is not used."""
@@ -102,6 +108,10 @@ class FileStore:
                 verify_files(folder, release, progress)
                 self._verified.add(folder)
             return folder
+
+    def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
+        """Nothing is copied, so nothing is dropped: what lies in `cache_dir` is another's."""
+        return []
 
     def rollback(self) -> str:
         with self._disk(), self._changing():
@@ -154,7 +164,16 @@ class FileStore:
     def users_version(self, spec_id: str) -> str | None:
         pointer = self._home(spec_id) / "current"
         with self._disk():
-            return pointer.read_text() if pointer.is_file() else None
+            version = pointer.read_bytes().decode(errors="replace") if pointer.is_file() else None
+        if version is not None and not NAME.fullmatch(version):
+            raise StoreError(
+                f"{pointer} holds {version[:40]!r}, not the version of a user table: publish the users again"
+            )
+        return version
+
+    def users(self, spec_id: str) -> UserTable | None:
+        version = self.users_version(spec_id)
+        return None if version is None else read_users(self._home(spec_id) / version)
 
     def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
         """Served in place: `cache_dir` is not used."""
@@ -218,8 +237,7 @@ class FileStore:
         try:
             yield
         except OSError as error:
-            remedy = REMEDIES.get(error.errno or 0, "check the disk and try again")
-            raise StoreError(f"{self.url}: {error.filename or ''} {error.strerror or error}: {remedy}") from error
+            raise StoreError(f"{self.url}: {disk_error(error)}") from error
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

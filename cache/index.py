@@ -8,6 +8,7 @@ the score, b / (scale * Hu) beside v_q and 1 beside u_p share it out over the us
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import StoreError
-from cache.release import Progress, check_chunk, no_progress, read_chunks, read_release
+from cache.release import IndexKind, Progress, check_chunk, index_kind, no_progress, read_chunks, read_release
 from cache.snapshot import Snapshot
 from kernel.head import HeadSpec
 from kernel.reference import NORM_FLOOR, score, top_k
-
-KINDS = ("none", "flat", "ivf-sq8")
 
 ADD_ROWS = 16_384  # items whose vectors are in memory at a time
 POINTS_PER_LIST = 48  # training vectors for each list of an inverted file
@@ -34,8 +33,8 @@ SCORE_ROWS = 65_536  # items scored at a time when everything is
 class RetrievalIndex:
     """An opened index. `search` may be called from several threads."""
 
-    def __init__(self, index: Any, head: HeadSpec, kind: str) -> None:
-        self._index, self._head, self.kind = index, head, kind
+    def __init__(self, index: Any, head: HeadSpec, kind: str, *, threads: int = 1) -> None:
+        self._index, self._head, self.kind, self._threads = index, head, kind, threads
 
     @classmethod
     def open(cls, path: Path, *, threads: int = 1) -> RetrievalIndex:
@@ -52,14 +51,13 @@ class RetrievalIndex:
             check_chunk(release, chunk, content, str(path.parent))
         if path.stat().st_size != file.size:
             raise StoreError(f"release {release.id}: {path.name} is longer than published: fetch it again")
-        faiss.omp_set_num_threads(threads)
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         if (index.ntotal, index.d) != (release.count * release.head.item_heads, _width(release.head, release.index)):
             raise StoreError(
                 f"release {release.id}: {path.name} holds {index.ntotal} vectors of {index.d}, not those of its "
                 f"{release.count} items: publish the release again"
             )
-        return cls(index, release.head, release.index)
+        return cls(index, release.head, release.index, threads=threads)
 
     def search(self, user: NDArray[np.float32], per_head: int) -> NDArray[np.int32]:
         """Rows (m,) of distinct items, rising: the owners of the `per_head` item heads nearest to each user head.
@@ -67,16 +65,26 @@ class RetrievalIndex:
         user: (user size,) record. m is at most user heads * per_head.
         """
         wanted = min(max(per_head, 1), self._index.ntotal)
-        _, found = self._index.search(queries(self._head, user, self._index.d), wanted)
+        with _threads(self._threads):
+            _, found = self._index.search(queries(self._head, user, self._index.d), wanted)
         return np.unique(found[found >= 0] // self._head.item_heads).astype(np.int32)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let FAISS use so many threads here. OpenMP keeps the number for each calling thread, so opening cannot set it."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def build_index(snapshot: Snapshot, head: HeadSpec, kind: str, path: Path, progress: Progress = no_progress) -> None:
     """Write the index over all heads of all items of a snapshot to `path`."""
-    if head.kind == "onnx":
-        raise StoreError("a head of kind onnx has no vectors to search: publish with --index none")
     total = len(snapshot) * head.item_heads
-    index = _empty(kind, _width(head, kind), total)
+    index = _empty(index_kind(kind, head), _width(head, kind), total)
     if not index.is_trained:
         index.train(_sample(snapshot, head, index.d, POINTS_PER_LIST * index.nlist))
     for rows, vectors in _all_vectors(snapshot, head, index.d):
@@ -98,8 +106,10 @@ def recall_curve(
     """Mean share of the true top k of the whole catalogue that `search` brings, by candidates kept per head.
 
     users: (u, user size) records. The rest of retrieval is exact, so this is its recall@k. An item as good as the k-th
-    counts like it: which of equals came first says nothing.
+    counts like it: which of equals came first says nothing. Raises StoreError without users or items.
     """
+    if not len(users) or not len(snapshot):
+        raise StoreError(f"recall of {len(users)} users over {len(snapshot)} items is no number: publish some of both")
     found: dict[int, list[float]] = {kept: [] for kept in per_head}
     wanted = min(k, len(snapshot))
     for done, user in enumerate(users, start=1):
@@ -158,11 +168,11 @@ def _sample(snapshot: Snapshot, head: HeadSpec, width: int, wanted: int) -> NDAr
     return item_vectors(head, snapshot.records[rows], width)
 
 
-def _empty(kind: str, width: int, total: int) -> Any:
-    if kind == "flat":
+def _empty(kind: IndexKind, width: int, total: int) -> Any:
+    if kind is IndexKind.NONE:
+        raise StoreError(f"an index of kind {kind} is no index: build flat or ivf-sq8")
+    if kind is IndexKind.FLAT:
         return faiss.IndexFlatIP(width)
-    if kind != "ivf-sq8":
-        raise StoreError(f"there is no index of kind {kind!r}: use {', '.join(KINDS)}")
     lists = min(max(1, min(int(2 * total**0.5), total // MIN_POINTS)), MAX_LISTS)
     index = faiss.IndexIVFScalarQuantizer(
         faiss.IndexFlatIP(width), width, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT

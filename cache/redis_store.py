@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,25 +30,37 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from cache.errors import StoreError, UnknownRelease
+from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.redis_chunks import Chunks, Manifest
 from cache.release import (
-    NAME,
     RELEASE,
     USER_TABLE,
     USERS,
     Progress,
     Release,
     UserTable,
+    drop_cached,
     no_progress,
     parse_release,
     parse_users,
     read_release,
     seal_users,
+    sha256,
 )
 from cache.store import HISTORY, Names, ReleaseInfo, ReleaseInfos
+from model.datasets.schema import nearest
 
 PREFIX = "ranktower"
+OPTIONS = (  # of a URL; all but the first are those of redis-py
+    "prefix",
+    "db",
+    "client_name",
+    "max_connections",
+    "socket_timeout",
+    "socket_connect_timeout",
+    "socket_keepalive",
+    "health_check_interval",
+)
 TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
 LEASE_S = 30.0  # a publisher that has written nothing for so long is dead
 POLL_S = 1.0  # how often a waiting reader looks, should a notice be lost
@@ -113,12 +125,16 @@ class RedisStore:
         self._chunks = Chunks(self._client, prefix, self.url, lease_s)
         self._control = [f"{{{prefix}}}:{name}" for name in ("current", "previous", "releases", "notices")]
         self._current, _, self._releases, self._notices = self._control
-        self._users = f"{{{prefix}}}:users"
+        self._users, self._check = f"{{{prefix}}}:users", f"{{{prefix}}}:publishing:check"
         self._verified: set[Path] = set()
         self._notices_of: Any = None  # redis.client.PubSub, once somebody has waited
         self._may_subscribe = True
 
     # --- releases
+
+    def check_writable(self) -> None:
+        with self._errors():
+            self._client.set(self._check, b"", px=1000)
 
     def publish(self, folder: Path, progress: Progress = no_progress) -> str:
         release = read_release(folder)
@@ -151,13 +167,17 @@ class RedisStore:
             return release_id
 
     def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
-        target = cache_dir / release_id
+        target = self._cache(cache_dir) / release_id
         with self._errors():
             release, raw = self._release(release_id)
             if target not in self._verified or not target.is_dir():
                 self._chunks.download(f"release:{release_id}", release, target, (RELEASE, raw), progress)
                 self._verified.add(target)
         return target
+
+    def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
+        with self._errors():
+            return drop_cached(self._cache(cache_dir), keep)
 
     def prune(self, keep: int) -> Names:
         if keep < 1:
@@ -191,17 +211,19 @@ class RedisStore:
         return table.id
 
     def users_version(self, spec_id: str) -> str | None:
+        found = self.users(spec_id)
+        return None if found is None else found.id
+
+    def users(self, spec_id: str) -> UserTable | None:
         with self._errors():
             found = self._user_table(spec_id)
-            return None if found is None else found[0].id
+            return None if found is None else found[0]
 
     def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
-        home = cache_dir / "users" / spec_id
+        home = self._cache(cache_dir) / "users" / spec_id
         with self._errors():
             found = self._user_table(spec_id)
-            for old in home.glob("*"):
-                if NAME.fullmatch(old.name) and (found is None or old.name != found[0].id):
-                    shutil.rmtree(old)
+            drop_cached(home, set() if found is None else {found[0].id})
             if found is None:
                 return None
             table, raw = found
@@ -220,6 +242,10 @@ class RedisStore:
     def close(self) -> None:
         self._unsubscribe()
         self._client.close()
+
+    def _cache(self, cache_dir: Path) -> Path:
+        """The part of a cache that is this store's alone, whatever password it is read with."""
+        return cache_dir / sha256(self.url.encode())[:16]
 
     # --- manifests
 
@@ -307,15 +333,16 @@ class RedisStore:
             remedy = next(text for kind, text in REMEDIES if isinstance(error, kind))
             raise StoreError(f"{self.url}: {error}: {remedy}") from error
         except OSError as error:
-            raise StoreError(
-                f"{error.filename or ''} {error.strerror or error}: check the disk and try again"
-            ) from error
+            raise StoreError(disk_error(error)) from error
 
     def list(self) -> ReleaseInfos:
         with self._errors():
             current = _text(self._client.get(self._current))
             stored = sorted(self._client.hgetall(self._releases).items())
-            return [ReleaseInfo.of(parse_release(raw, f"{name!r} in {self.url}"), current) for name, raw in stored]
+            return [
+                ReleaseInfo.read(name.decode(), partial(parse_release, raw, f"{name!r} in {self.url}"), current)
+                for name, raw in stored
+            ]
 
 
 # --- URLs ------------------------------------------------------------------------------------------------------------
@@ -324,7 +351,10 @@ class RedisStore:
 def _split_prefix(url: str) -> tuple[str, str]:
     """The URL without `prefix`, and the prefix."""
     parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    for name in options:
+        if name not in OPTIONS:
+            raise StoreError(f"{_without_password(url)}: unknown option {name!r}: {nearest(name, OPTIONS)}")
     prefix = options.pop("prefix", PREFIX)
     if not re.fullmatch(r"[\w.:-]+", prefix):
         raise StoreError(f"prefix {prefix!r} of {_without_password(url)}: use letters, digits, '.', ':', '-' and '_'")

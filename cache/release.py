@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
@@ -37,6 +38,15 @@ CHUNK_BYTES = (
 RELEASE, USERS = "release.json", "users.json"
 BUNDLE, ITEMS, INDEX, INPUTS, USER_TABLE = "bundle", "items.snap", "items.faiss", "inputs.hash", "users.snap"
 NAME = re.compile(r"\d{8}T\d{9}-[0-9a-f]{12}")
+
+
+class IndexKind(StrEnum):
+    """What answers requests without candidates. Known here, so that a command line needs no FAISS to check it."""
+
+    NONE = "none"
+    FLAT = "flat"
+    IVF_SQ8 = "ivf-sq8"
+
 
 Progress = Callable[[str, int, int], None]  # stage, done, total: bytes, or items while embedding
 Clock = Callable[[], datetime]
@@ -110,6 +120,15 @@ class UserTable(Artifact):
     """The manifest of one user table; `id` is its version."""
 
     spec_id: str
+
+
+def index_kind(name: str, head: HeadSpec) -> IndexKind:
+    """The kind of that name. Raises StoreError when there is none, or none that can search the vectors of this head."""
+    if name not in list(IndexKind):
+        raise StoreError(f"there is no index of kind {name!r}: use {', '.join(IndexKind)}")
+    if name != IndexKind.NONE and head.kind == "onnx":
+        raise StoreError("a head of kind onnx has no vectors to search: publish with --index none")
+    return IndexKind(name)
 
 
 def created_at(name: str) -> datetime:
@@ -313,16 +332,18 @@ def verify_release(folder: Path, progress: Progress = no_progress) -> Release:
     return release
 
 
-def drop_cached(cache_dir: Path, keep: set[str]) -> list[str]:
-    """Delete the releases of a local cache that are not in `keep`; who has mapped their files can still read them.
+def drop_cached(folder: Path, keep: set[str]) -> list[str]:
+    """Delete the copies in a folder whose names are not in `keep`; who has mapped their files can still read them.
 
-    Downloads of others that were cut off go too, unless somebody goes on with them just now.
+    Downloads that were cut off go too. What another process fetches or drops just now is left to it.
     """
-    dropped = [path.name for path in cache_dir.glob("*") if NAME.fullmatch(path.name) and path.name not in keep]
-    for name in dropped:
-        shutil.rmtree(cache_dir / name)
-    for name in {path.name[1:].removesuffix(".partial") for path in cache_dir.glob(".*.partial")} - keep:
-        with locked_now(cache_dir / f".{name}.lock") as had:
-            if had:
-                shutil.rmtree(cache_dir / f".{name}.partial", ignore_errors=True)
-    return sorted(dropped)
+    copies = {path.name for path in folder.glob("*") if NAME.fullmatch(path.name)}
+    cut = {path.name[1:].removesuffix(".partial") for path in folder.glob(".*.partial")}
+    dropped = []
+    for name in sorted((copies | cut) - keep):
+        with locked_now(folder / f".{name}.lock") as had:
+            for remains in (folder / name, folder / f".{name}.partial"):
+                if had and remains.is_dir():
+                    shutil.rmtree(remains)
+                    dropped.append(name)
+    return dropped

@@ -13,7 +13,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from cache.errors import StoreError
-from cache.release import Progress, Release, no_progress
+from cache.release import Progress, Release, UserTable, no_progress
 
 Names = list[str]  # a method named `list` hides the builtin from annotations
 HISTORY = 16  # releases that `rollback` can go back through
@@ -31,6 +31,7 @@ class ReleaseInfo:
     count: int
     size_bytes: int
     current: bool
+    damage: str | None = None  # why its manifest cannot be read; then all but name and `current` is empty
 
     @classmethod
     def of(cls, release: Release, current: str | None) -> ReleaseInfo:
@@ -44,6 +45,23 @@ class ReleaseInfo:
             current=release.id == current,
         )
 
+    @classmethod
+    def read(cls, name: str, manifest: Callable[[], Release], current: str | None) -> ReleaseInfo:
+        """The release of that name; one whose manifest cannot be read is listed as damaged, and hides no other."""
+        try:
+            return cls.of(manifest(), current)
+        except StoreError as error:
+            return cls(
+                id=name,
+                created="",
+                bundle_id="",
+                snapshot_id="",
+                count=0,
+                size_bytes=0,
+                current=name == current,
+                damage=str(error),
+            )
+
 
 ReleaseInfos = list[ReleaseInfo]
 
@@ -54,6 +72,9 @@ class ReleaseStore(Protocol):
     @property
     def url(self) -> str:
         """The URL, without a password."""
+
+    def check_writable(self) -> None:
+        """Raise what `publish` would raise for a store that does not answer or must not be written, before the work."""
 
     def publish(self, folder: Path, progress: Progress = no_progress) -> str:
         """Store a release folder under its own name, read it back and verify; returns the name. Never flips `current`.
@@ -67,10 +88,16 @@ class ReleaseStore(Protocol):
     def current(self) -> str | None: ...
 
     def list(self) -> ReleaseInfos:
-        """All complete releases, oldest first."""
+        """All complete releases, oldest first; damaged ones, too."""
 
     def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
-        """A local folder with the release, every hash verified once in the life of this object."""
+        """A local folder with the release, every hash verified once in the life of this object.
+
+        A store that copies does so into a folder of its own below `cache_dir`: other stores may use the same one.
+        """
+
+    def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
+        """Delete the local copies of this store's releases but those in `keep`: the names of those that went."""
 
     def rollback(self) -> str:
         """Go back to the release that was current before; returns its name."""
@@ -86,6 +113,9 @@ class ReleaseStore(Protocol):
 
     def users_version(self, spec_id: str) -> str | None:
         """Version of the user table, which begins with the time of its making (`release.created_at`)."""
+
+    def users(self, spec_id: str) -> UserTable | None:
+        """The manifest of the user table: its version, how many users, how large."""
 
     def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
         """A local users.snap, verified, or None; copies of other versions are deleted from the cache."""

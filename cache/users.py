@@ -23,12 +23,8 @@ def build_user_table(spec: FeatureSpec, log_folder: Path, out: Path, progress: P
     Context is left as missing: it comes with the request. Raises DataError for the log.
     """
     source = read_log(log_folder)
+    _check_users(source, spec, log_folder)
     columns = user_columns(source, spec)
-    if source.users.id_type != spec.user_id_type:
-        raise DataError(
-            f"{log_folder}/users.parquet holds {source.users.id_type} ids, the bundle was trained with "
-            f"{spec.user_id_type} ids: publish the users of the log that it was trained on"
-        )
     writer = SnapshotWriter(
         out, kind="users", owner=spec.id, id_type=spec.user_id_type, record_dtype="int32", record_size=spec.user_width
     )
@@ -44,6 +40,28 @@ def build_user_table(spec: FeatureSpec, log_folder: Path, out: Path, progress: P
             progress("users", rows.stop, len(source.users))
         writer.finish()
     return out
+
+
+def _check_users(source: Log, spec: FeatureSpec, folder: Path) -> None:
+    """Raise DataError unless the users of the log have the ids and the columns that the bundle was trained with."""
+    remedy = "publish the users of the log that the bundle was trained on"
+    if source.schema.columns.user != spec.user_id_name:
+        raise DataError(
+            f"{folder}/log.toml: the user ids are in column {source.schema.columns.user!r}, the bundle was trained "
+            f"with {spec.user_id_name!r}: {remedy}"
+        )
+    if source.users.id_type != spec.user_id_type:
+        raise DataError(
+            f"{folder}/users.parquet holds {source.users.id_type} ids, the bundle was trained with "
+            f"{spec.user_id_type} ids: {remedy}"
+        )
+    known = {*source.users.columns, spec.user_id_name, HISTORY}
+    absent = next((field.name for field in spec.user_fields if field.side == "user" and field.name not in known), None)
+    if absent is not None:
+        raise DataError(
+            f"{folder}/log.toml declares no field {absent!r} of the users, which the bundle reads: {remedy}, "
+            "or add the column and its [[fields]] entry"
+        )
 
 
 def user_columns(source: Log, spec: FeatureSpec) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"\nDone in {time.monotonic() - started:.0f} s. The service answers at [bold]{url}[/] ({url}/docs)."
         )
         if sys.stdout.isatty() and not options.once:
-            console.print("`make refresh` in another terminal publishes changed items to it. Ctrl-C ends it.")
+            console.print(
+                f"`make refresh PORT={port}` in another terminal publishes changed items to it. Ctrl-C ends it."
+            )
             with suppress(KeyboardInterrupt):
                 signal.pause()
     return 0

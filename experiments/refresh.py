@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from model.datasets import read_log
+from model.datasets.schema import read_schema
 from ranktower_client import RankTower
 from ranktower_client.errors import RankTowerError
 
@@ -45,17 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def changed_items(log_folder: Path, count: int) -> Path:
     """A copy of the items in which `count` of them swap all features (not ids); differs from run to run."""
-    schema = read_log(log_folder).schema
+    columns = read_schema(log_folder / "log.toml").columns
     table = pq.read_table(log_folder / "items.parquet")
     rng = np.random.default_rng(time.time_ns())
     chosen = rng.choice(table.num_rows, min(count, table.num_rows), replace=False)
     order = np.arange(table.num_rows)
     order[chosen] = np.roll(chosen, 1)
-    kept = {schema.item, schema.title}
-    columns = [table[name] if name in kept else table[name].take(pa.array(order)) for name in table.column_names]
+    kept = {columns.item, columns.title}
+    changed = [table[name] if name in kept else table[name].take(pa.array(order)) for name in table.column_names]
     out = VAR / "refresh" / "items.parquet"
     out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, names=table.column_names), out)
+    pq.write_table(pa.table(changed, names=table.column_names), out)
     console.print(f"{len(chosen)} of {table.num_rows} items changed their features: {out}")
     return out
 

@@ -41,13 +41,17 @@ OURS = (
 )
 
 
-def open_run(out: Path) -> None:
-    """Make the folder ready for a new run: an earlier run in it is replaced, anything else is left alone.
-
-    Raises TrainError when `out` holds files but no run.
-    """
+def check_run(out: Path) -> None:
+    """Raise TrainError unless a new run may go to `out`: nothing there, an empty folder, or an earlier run."""
+    if out.exists() and not out.is_dir():
+        raise TrainError(f"{out} is a file: choose a folder")
     if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
         raise TrainError(f"{out} holds files but no training run: choose another folder")
+
+
+def open_run(out: Path) -> None:
+    """Make the folder ready for a new run: an earlier run in it is replaced, anything else is left alone."""
+    check_run(out)
     out.mkdir(parents=True, exist_ok=True)
     for name in OURS:
         (out / name).unlink(missing_ok=True)
@@ -60,7 +64,7 @@ def build_network(name: str, spec: FeatureSpec, options: Mapping[str, Any]) -> N
     try:
         network: Network = NETWORKS[name](spec, **options)  # type: ignore[arg-type]  # each takes the specification
         return network
-    except TypeError as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise TrainError(
             f"network {name!r} does not take these options ({error}): see `ranktower train --help`"
         ) from error
@@ -165,7 +169,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise TrainError(
-            f"{path.parent} is not a training run (no {path.name}): run `ranktower train` first"
+            f"{path.parent} is not a training run (no {path.name}): run `ranktower train`, or finish it with --resume"
         ) from error
     except (OSError, ValueError) as error:
         raise TrainError(f"{path} cannot be read ({error}): train again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from model.train import Progress, Recipe
 
 CUTS = (5, 10, 20, 50, 100)
+NETWORK_NAMES = "ranktower, two_tower, lr"  # of model/networks.py and model/losses.py, which import torch
+LOSS_NAMES = "am_rankmax, bce, distillation, hybrid, rankmax, softmax, softsort"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -32,6 +35,18 @@ def mending() -> Iterator[None]:
     except RankTowerError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
+    except OSError as error:
+        typer.echo(f"error: {error}: check the path, its permissions and the space left", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A line that moves while something without countable steps goes on; nothing where nobody watches."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
 
 
 @app.command()
@@ -44,8 +59,9 @@ def data(
     with mending():
         from model.datasets.log import SPLITS, read_log
 
-        path = convert(source, folder, out)
-        log = read_log(path)
+        with busy(f"reading {source}"):
+            path = convert(source, folder, out)
+            log = read_log(path)
         typer.echo(f"{path}: log {log.schema.name}, {len(log.users):,} users, {len(log.items):,} items")
         for name, count in log.report.items():
             typer.echo(f"  {name:<14}{count:>12,}")
@@ -54,25 +70,25 @@ def data(
 
 
 def convert(source: str, folder: Path | None, out: Path) -> Path:
-    """The log folder made from a data set's name, from a folder that an adapter knows, or a log as it is."""
-    from model.datasets import DATASETS
+    """The log folder made from a data set's name, or a folder: a log in the documented form, or KuaiRand's files."""
+    from model.datasets import DATASETS, adopt
 
     if source in DATASETS:
         return DATASETS[source](folder, out)
-    path = Path(source)
-    if not path.is_dir():
+    if folder is not None:
+        names = ", ".join(DATASETS)
+        raise TrainError(f"--from {folder} goes with a named data set ({names}), not with {source!r}: leave it out")
+    if not Path(source).is_dir():
         raise TrainError(f"data {source!r} is neither a folder nor one of {', '.join(DATASETS)}: give one of them")
-    if (path / "log.toml").is_file():
-        return path
-    return DATASETS["kuairand"](path, out)
+    return adopt(Path(source), out)
 
 
 @app.command()
 def train(
     log: LogFolder,
     out: Out,
-    network: Annotated[str, typer.Option(help="ranktower, two_tower or lr.")] = "ranktower",
-    loss: Annotated[str | None, typer.Option(help="hybrid, softmax, bce, ... By default the network's own.")] = None,
+    network: Annotated[str, typer.Option(help=f"One of {NETWORK_NAMES}.")] = "ranktower",
+    loss: Annotated[str | None, typer.Option(help=f"One of {LOSS_NAMES}. By default hybrid.")] = None,
     sampler: Annotated[str, typer.Option(help="full, without-random, without-candidates or impressions.")] = "full",
     lr: Annotated[float | None, typer.Option(help="Learning rate of all but the embedding tables.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Most epochs; early stopping may end sooner.")] = None,
@@ -179,8 +195,8 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Folder of a training run.")] = None,
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Folder of an exported bundle.")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
-    size: Annotated[int, typer.Option(help="Items of a list.")] = 200,
-    k: Annotated[list[int] | None, typer.Option("--k", help="Cut-offs of Recall and NDCG; repeat it.")] = None,
+    size: Annotated[int, typer.Option(min=2, help="Items of a list; impressions stay, however many.")] = 200,
+    k: Annotated[list[int] | None, typer.Option("--k", min=1, help="Cut-offs of Recall and NDCG; repeat it.")] = None,
     random_only: Annotated[bool, typer.Option("--random-only", help="Lists of impressions and random items.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file for the report.")] = None,
 ) -> None:
@@ -199,14 +215,18 @@ def evaluate(
             "split": SPLITS.index(split),
             "size": size,
             "random_only": random_only,
-            "ks": k or (5, 10, 20, 50, 100),
+            "ks": k or CUTS,
         }
-        report = measure(folder, read_log(log), **options)
+        with busy("scoring the held-out lists"):
+            report = measure(folder, read_log(log), **options)
         if out is not None:
             from model.checkpoint import write_json
 
             write_json(out, report)
         show_rows(report["rows"], report["lists"])
+        longest = report["lists"]["size"]
+        if longest > size:
+            typer.echo(f"--size {size} is below the longest list of logged rows: lists hold up to {longest} items")
 
 
 @app.command()
@@ -218,7 +238,8 @@ def export(
     with mending():
         from model.export import export_bundle
 
-        bundle_id = export_bundle(run, out)
+        with busy("tracing the towers to ONNX and comparing them with torch"):
+            bundle_id = export_bundle(run, out)
         size = sum(path.stat().st_size for path in out.iterdir())
         typer.echo(f"{out}: bundle {bundle_id}, {size / 1e6:,.1f} MB")
 
@@ -244,14 +265,32 @@ def show_rows(rows: Mapping[str, Mapping[str, Mapping[str, float]]], lists: Mapp
     )
 
 
+def epoch_lines() -> Progress:
+    """Say on stderr when an epoch ends, with its steps and seconds."""
+    began = {"": time.monotonic()}
+
+    def show(what: str, done: int, total: int) -> None:
+        if not what.startswith("epoch "):
+            return
+        start = began.setdefault(what, time.monotonic())
+        if done == total:
+            typer.echo(f"{what}: {total:,} steps in {time.monotonic() - start:.1f} s", err=True)
+
+    return show
+
+
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """A bar for what is going on, redrawn in place on a terminal and silent elsewhere."""
+    """A bar for what is going on, redrawn in place on a terminal; elsewhere a line for each epoch."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield epoch_lines()
+        return
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:

@@ -14,7 +14,7 @@ from kernel.reference import score
 from model.bundle import open_bundle
 from model.datasets.log import IMPRESSION, SPLITS, TEST, Log
 from model.errors import DataError
-from model.features import FeatureSpec
+from model.features import HISTORY, FeatureSpec
 from model.metrics import METRICS, Interval, bootstrap, group_auc, rank
 from model.requests import SplitRequests, encode_items, encode_users
 from model.sampling import Lists, evaluation_lists, popularity
@@ -116,6 +116,33 @@ def evaluate_bundle(bundle: Path, log: Log, **options: Any) -> dict[str, Any]:
     return report(log, opened.spec, opened.manifest["network"]["name"], scorer, **options)
 
 
+def check_fit(log: Log, spec: FeatureSpec) -> None:
+    """Raise DataError unless the log has the ids and every field of the model; its users and items may all be new."""
+    where, names = f"log {log.schema.name}", log.schema.columns
+    if (spec.user_id_type, spec.item_id_type) != (log.users.id_type, log.items.id_type):
+        raise DataError(
+            f"{where} has {log.users.id_type} user ids and {log.items.id_type} item ids, the model was "
+            f"trained on {spec.user_id_type} and {spec.item_id_type}: convert the log"
+        )
+    ids = {"user": (names.user, spec.user_id_name), "item": (names.item, spec.item_id_name)}
+    for side, (ours, theirs) in ids.items():
+        if ours != theirs:
+            raise DataError(
+                f"{where}: the {side} id is column {ours!r}, the model was trained with {theirs!r}: rename the column, "
+                "or evaluate a model of this log"
+            )
+    for field in spec.fields:
+        known = {column.name: column.kind for column in log.schema.on(field.side)}
+        if field.name in (HISTORY, ids.get(field.side, ("",))[0]):
+            continue  # the history is made from events, the id is always there
+        if known.get(field.name) != field.kind:
+            found = f"is {known[field.name]}" if field.name in known else f"is no {field.side} field"
+            raise DataError(
+                f"{where}: {field.name!r} {found}, the model reads it as a {field.kind} {field.side} field: "
+                "declare it so in log.toml, or evaluate a model of this log"
+            )
+
+
 def report(
     log: Log,
     spec: FeatureSpec,
@@ -129,11 +156,7 @@ def report(
     ks: Sequence[int] = KS,
 ) -> dict[str, Any]:
     """Metrics of a scorer, popularity and random on the same frozen lists, as plain JSON."""
-    if (spec.user_id_type, spec.item_id_type) != (log.users.id_type, log.items.id_type):
-        raise DataError(
-            f"log {log.schema.name} has {log.users.id_type} user ids and {log.items.id_type} item ids, the model was "
-            f"trained on {spec.user_id_type} and {spec.item_id_type}: convert the log"
-        )
+    check_fit(log, spec)
     held = held_out(log, split, size=size, seed=seed, random_only=random_only)
     rows = {name: measure(scorer(held), held, ks)}
     rows |= {row: measure(scores, held, ks) for row, scores in baselines(log, held).items()}

@@ -152,7 +152,8 @@ class FeatureSpec:
     def encode(self, tower: Tower, columns: Mapping[str, Column], count: int) -> NDArray[np.int32]:
         """(count, width) int32 from one column per field; an absent column is missing everywhere.
 
-        A column is an array or list of `count` values; None and NaN are missing; list fields hold sequences.
+        A column is an array or list of `count` values; None and NaN are missing; list fields hold sequences, in which
+        None does not count: it is left out before the sequence is cut to its length.
         """
         places = self.columns(tower)
         width = sum(place.stop - place.start for place in places.values())
@@ -182,7 +183,7 @@ class FeatureSpec:
                 codes.extend([MISSING] * length)
             else:
                 _check_list(name, value)
-                kept = value[-length:] if keep_last else value[:length]
+                kept = _cut(value, length, keep_last)
                 codes.extend(code.many(kept))
                 codes.extend([MISSING] * (length - len(kept)))
         return np.array(codes, np.int32)
@@ -298,6 +299,8 @@ class _Buckets:
             return MISSING
         if isinstance(value, (str, bytes)):
             raise FeatureError(self.name, f"expected a number, got {value!r}: send the type the log had")
+        if isinstance(value, (bool, np.bool_)):
+            raise FeatureError(self.name, f"expected a number, got {value!r}: send a number, 1 or 0 for yes or no")
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError) as error:
@@ -323,7 +326,7 @@ def _encode_lists(field: Field, code: _Buckets | _Vocabulary, column: Column, in
             kept.append(())
             continue
         _check_list(field.name, value)
-        kept.append(value[-field.length :] if field.kind == "sequence" else value[: field.length])
+        kept.append(_cut(value, field.length, field.kind == "sequence"))
     sizes = np.fromiter((len(entry) for entry in kept), np.int64, len(kept))
     if not sizes.sum():
         return
@@ -333,6 +336,15 @@ def _encode_lists(field: Field, code: _Buckets | _Vocabulary, column: Column, in
         flat = np.empty(int(sizes.sum()), object)
         flat[:] = [value for entry in kept for value in entry]
     into[np.arange(field.length) < sizes[:, None]] = code.column(flat)
+
+
+def _cut(value: Any, length: int, keep_last: bool) -> Any:
+    """The first or last `length` entries of a list that are not None, as the Parquet reader leaves nulls out."""
+    kept = value[-length:] if keep_last else value[:length]
+    if (isinstance(kept, np.ndarray) and kept.dtype != object) or not any(entry is None for entry in kept):
+        return kept
+    known = [entry for entry in value if entry is not None]
+    return known[-length:] if keep_last else known[:length]
 
 
 def _check_list(name: str, value: Any) -> None:

@@ -108,6 +108,9 @@ class Inputs(nn.Module):
             AttentionPooling(field, size) if field.pooling == "attention" and field.is_list else MeanPooling()
             for field, size in zip(self.fields, self.sizes, strict=True)
         )
+        for option, share in (("dropout", dropout), ("field_dropout", field_dropout)):
+            if not 0 <= share < 1:
+                raise SpecError(f"network option {option} is {share}: it is a share from 0 to below 1")
         self.dropout = dropout
         self.field_dropout = field_dropout
 

@@ -123,7 +123,7 @@ class TwoTower(Network):
         dim: int = 32,
         hidden: Sequence[int] = (128, 64),
         item_bias: bool = True,
-        dropout: float = 0.0,
+        dropout: float = 0.2,
         field_dropout: float = 0.0,
     ) -> None:
         super().__init__("maxsim", user_heads=1, item_heads=1, dim=dim, item_bias=item_bias)
@@ -171,7 +171,7 @@ class RankTower(Network):
         direction: Direction = "both",
         tied_values: bool = False,
         item_bias: bool = True,
-        dropout: float = 0.0,
+        dropout: float = 0.3,
         field_dropout: float = 0.0,
     ) -> None:
         kind: HeadKind = "cross_attention" if cross_attention else "maxsim"

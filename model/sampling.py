@@ -2,7 +2,8 @@
 
 Training lists hold the impressions of a request; candidates (D_C) and random items (D_R) are drawn anew for every
 epoch. Evaluation lists are built once from the past and a seed, and named by a digest. Where a log carries its own
-stages, both use those and nothing is simulated. An item that its user ever takes is never a negative.
+stages, both use those and nothing is simulated. An item that was not shown and that its user takes is never a negative:
+takes in training for training lists, ever for evaluation lists.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from model.requests import NONE, SplitRequests, requests_of
 
 POOL = 100  # retrieved items a training list keeps to draw its candidates from
 FACTORS = 32  # dimensions of the simulated retrieval
+DENSE_CELLS = 1 << 19  # a matrix up to this size is factored whole, a larger one iteratively
 EXACT_ITEMS = 50_000  # above it the simulated retrieval searches an inverted file instead of everything
 LOGGED = 200  # rows of one stage that a list of a log with stages keeps
 NEIGHBOURS = 50  # co-visited items kept per item
@@ -62,14 +64,21 @@ class Lists:
 # --- what was logged ------------------------------------------------------------------------------------
 
 
-def logged_lists(log: Log, requests: SplitRequests, soft: np.ndarray | None = None, seed: int = 0) -> Lists:
+def logged_lists(
+    log: Log, requests: SplitRequests, taken: Taken, soft: np.ndarray | None = None, seed: int = 0
+) -> Lists:
     """The logged rows of each request, impressions first; unshown stages are thinned to LOGGED rows each.
 
+    taken: pairs that are no negatives: unshown rows of them without a grade are left out.
     soft: (e,) float32 soft label of every event, or None for zeros.
     """
     size = requests.end - requests.first
     lists = np.repeat(np.arange(len(requests)), size)
     event = np.repeat(requests.first - np.cumsum(size) + size, size) + np.arange(size.sum())
+    if log.has_stages:
+        doubtful = (log.stage[event] != IMPRESSION) & (log.grade[event] == 0)
+        fine = ~(doubtful & taken.has(log.user[event], log.item[event][:, None])[:, 0])
+        event, lists = event[fine], lists[fine]
     order = np.lexsort(
         (np.random.default_rng(seed).random(len(event)) if log.has_stages else event, log.stage[event], lists)
     )
@@ -97,7 +106,7 @@ def _place_in_run(groups: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """Which (user, item) pairs are ever taken (grade > 0), for membership tests by binary search."""
+    """Which (user, item) pairs are taken (grade > 0) in some part of a log, for membership tests by binary search."""
 
     keys: np.ndarray  # sorted int64, user * items + item
     items: int
@@ -143,16 +152,30 @@ def item_factors(user: np.ndarray, item: np.ndarray, items: int, *, dim: int = F
     """
     pairs = np.unique(user.astype(np.int64) * items + item)
     users, row = np.unique(pairs // items, return_inverse=True)
-    rank = min(dim, len(users) - 1, items - 1)
+    known, column = np.unique(pairs % items, return_inverse=True)
+    rank = min(dim, len(users) - 1, len(known) - 1)
     factors = np.zeros((items, dim), dtype=np.float32)
     if rank < 1:
         return factors
     weight = 1.0 / np.sqrt(np.bincount(row))[row]
-    matrix = sp.csr_matrix((weight.astype(np.float32), (row, pairs % items)), shape=(len(users), items))
+    matrix = sp.csr_matrix((weight.astype(np.float32), (row, column)), shape=(len(users), len(known)))
+    singular, right = _leading(matrix, rank, seed)
+    factors[known, :rank] = (right.T * np.sqrt(np.maximum(singular, 0.0))).astype(np.float32)
+    return factors
+
+
+def _leading(matrix: sp.csr_matrix, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `rank` largest singular values, (rank,), and their right vectors, (rank, items), the same for the same seed.
+
+    The iterative solver restarts from a random state of its own where a matrix has fewer singular values than it looks
+    for; such a matrix is small, and factored whole.
+    """
+    if matrix.shape[0] * matrix.shape[1] <= DENSE_CELLS:
+        _, singular, right = np.linalg.svd(matrix.toarray().astype(np.float64), full_matrices=False)
+        return np.where(singular > 1e-6 * singular[0], singular, 0.0)[:rank], right[:rank]
     start = np.random.default_rng(seed).normal(size=min(matrix.shape)).astype(np.float32)
     _, singular, right = svds(matrix, k=rank, v0=start)
-    factors[:, :rank] = (right.T * np.sqrt(np.maximum(singular, 0.0))).astype(np.float32)
-    return factors
+    return singular, right
 
 
 def fit_retrieval(log: Log, *, dim: int = FACTORS, seed: int = 0) -> Retrieval:
@@ -218,11 +241,11 @@ def training_set(log: Log, soft: np.ndarray | None = None, *, pool: int = POOL, 
     soft: (e,) float32 soft label of every event, or None.
     """
     requests = requests_of(log, TRAIN)
-    logged = logged_lists(log, requests, soft, seed)
+    taken = taken_pairs(log, log.split == TRAIN)
+    logged = logged_lists(log, requests, taken, soft, seed)
     kept = np.flatnonzero((logged.grade > 0).any(axis=1))
     requests, logged = requests.take(kept), logged.take(kept)
     retrieved = None if log.has_stages else retrieve(fit_retrieval(log, seed=seed), requests.history, pool)
-    taken = taken_pairs(log, log.split == TRAIN)
     return TrainingSet(requests=requests, logged=logged, pool=retrieved, taken=taken, weight=popularity(log))
 
 
@@ -367,15 +390,17 @@ def evaluation_lists(
 
     Beside the impressions, half of the room goes to random items, a quarter to items co-visited with the history and
     a quarter to popular items of the request's scenario (drawn by training count^0.75); what one source cannot fill,
-    random items do. No contestant resembles these sources. With logged stages the logged rows are the list.
+    random items do. No contestant resembles these sources. With logged stages the logged rows are the list, and a
+    request of which none is left is left out.
     """
     requests = requests_of(log, split)
-    logged = logged_lists(log, requests, seed=seed)
+    taken = taken_pairs(log, np.ones(len(log.grade), dtype=bool))
+    logged = logged_lists(log, requests, taken, seed=seed)
     if log.has_stages or not len(requests):
-        return requests, logged
+        filled = np.flatnonzero(logged.mask.any(axis=1))
+        return requests.take(filled), logged.take(filled)
     rng = np.random.default_rng([seed, split])
     sources = None if random_only else Sources(covisited(log), *scenario_popularity(log, requests))
-    taken = taken_pairs(log, np.ones(len(log.grade), dtype=bool))
     blocks = []
     for start in range(0, len(requests), BLOCK):
         rows = np.arange(start, min(start + BLOCK, len(requests)))

@@ -1,7 +1,8 @@
 """The strong model that labels impressions: boosting with cross features, out of fold by user, one model a rung.
 
 Its features may cross user and item, which the towers may not; its predictions become the soft label of the
-distillation. Every statistic is expanding: it counts what happened strictly before the request. Scores that the log
+distillation. Every statistic is expanding: it counts what happened in training strictly before the request (in a split
+by order or hash, "before" alone would reach into the validation and test events of other users). Scores that the log
 carries replace the whole of it. A teacher that merely repeats the label teaches nothing that the label does not, so
 one that orders the impressions almost perfectly is refused.
 """
@@ -127,7 +128,12 @@ def _clearest(features: np.ndarray, label: np.ndarray, names: list[str], weights
 
 def _folds(user: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """The fold of each row; all rows of a user share one. (m,) int64."""
-    _, code = np.unique(user, return_inverse=True)
+    users, code = np.unique(user, return_inverse=True)
+    if 0 < len(users) < folds:
+        raise TrainError(
+            f"the teacher is fitted out of fold by user, in {folds} folds, but the training impressions have "
+            f"{len(users)} user: log at least {folds} users, or train without it (--set teacher=false)"
+        )
     shuffled = np.random.default_rng(seed).permutation(int(code.max(initial=0)) + 1)
     return np.asarray(shuffled[code.ravel()] % folds)
 
@@ -215,11 +221,11 @@ def _static(tower: Tower, id_column: str, spec: FeatureSpec, encoded: np.ndarray
 
 
 def _rates(log: Log, asked: np.ndarray, rows: np.ndarray) -> Columns:
-    """Exposures and smoothed rates per rung before the request, of the item and of the user.
+    """Training exposures and smoothed rates per rung before the request, of the item and of the user.
 
     asked: (e,) int64 time of each event's request: events at or after it are not counted.
     """
-    shown = np.flatnonzero(log.stage == IMPRESSION)
+    shown = np.flatnonzero((log.split == TRAIN) & (log.stage == IMPRESSION))
     values = np.column_stack([np.ones(len(shown)), log.feedback[shown]])
     found = {}
     everyone = np.zeros(len(log.time), dtype=np.int64)
@@ -291,9 +297,9 @@ def _profile_match(tags: np.ndarray, history: np.ndarray, own: np.ndarray, item:
 
 
 def _factor_match(log: Log, requests: SplitRequests, own: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Cosine of item and mean history under factors of earlier periods only; (m,) float32, NaN where there are none."""
+    """Cosine of item and mean history under factors of earlier training periods; (m,) float32, NaN without any."""
     match = np.full(len(rows), np.nan, dtype=np.float32)
-    taken = np.flatnonzero(log.grade > 0)
+    taken = np.flatnonzero((log.split == TRAIN) & (log.grade > 0))
     if not len(rows):
         return match
     edges = np.quantile(log.time[rows], np.arange(1, PERIODS) / PERIODS)

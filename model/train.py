@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.checkpoint import (
     build_network,
+    check_run,
     load_checkpoint,
     load_state,
     load_weights,
@@ -35,7 +36,7 @@ from model.errors import TrainError
 from model.evaluate import HeldOut, Row, baselines, held_out, measure, rows_to_json
 from model.features import UNKNOWN, FeatureSpec
 from model.losses import LOSSES, Hybrid, Labels
-from model.metrics import METRICS, Calibration, calibrate, rank
+from model.metrics import METRICS, Calibration, calibrate, expected_calibration_error, rank, sigmoid
 from model.networks import Network
 from model.requests import encode_items, encode_users, fit_log_spec, request_body, user_features
 from model.sampling import SAMPLERS, Lists, Sampler, TrainingSet, training_set
@@ -46,6 +47,23 @@ __all__ = ["Recipe", "load_checkpoint", "train"]
 
 WARMUP_REQUESTS = 50
 HELD_OUT_REQUESTS = 300
+
+RANGES: dict[str, tuple[type, float, float]] = {  # of the recipe's numbers: kind, least, most
+    "lr": (float, 1e-8, 10.0),
+    "embedding_lr": (float, 1e-8, 10.0),
+    "weight_decay": (float, 0.0, 10.0),
+    "clip": (float, 1e-6, 1e9),
+    "average": (float, 0.0, 0.999999),
+    "epochs": (int, 1, 10_000),
+    "steps": (int, 0, 10_000_000),
+    "batch": (int, 1, 1_000_000),
+    "patience": (int, 1, 10_000),
+    "unknown_users": (float, 0.0, 1.0),
+    "unknown_items": (float, 0.0, 1.0),
+    "valid_lists": (int, 1, 10_000_000),
+    "seed": (int, 0, 2**31 - 1),
+}
+FRESH: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0}  # the progress of a new run
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # what is going on, steps done, steps in all
@@ -61,18 +79,18 @@ class Recipe:
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     sampler: str = "full"
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
-    lr: float = 1e-3
-    embedding_lr: float = 3e-3  # of embedding tables, whose rows see few steps each
+    lr: float = 3e-3
+    embedding_lr: float = 1e-2  # of embedding tables, whose rows see few steps each
     weight_decay: float = 0.01
     clip: float = 5.0  # largest gradient norm
     average: float = 0.98  # decay per step of the averaged weights; 0: the last weights
     epochs: int = 12
-    steps: int = 0  # of an epoch; 0: as many as it takes to see every list once
-    batch: int = 256  # lists of a step
-    patience: int = 3  # epochs without a better validation NDCG@10
-    unknown_users: float = 0.1  # share of user ids made unknown in training, so that new users have a trained row
+    steps: int = 125  # of an epoch, at most; 0: as many as it takes to see every list once
+    batch: int = 64  # lists of a step
+    patience: int = 4  # epochs without a better validation NDCG@10
+    unknown_users: float = 0.2  # share of user ids made unknown in training, so that new users have a trained row
     unknown_items: float = 0.02
-    valid_lists: int = 3000  # lists scored after each epoch
+    valid_lists: int = 1500  # lists scored after each epoch
     teacher: bool = True  # False: no soft labels, for losses that do not distil
     seed: int = 0
     device: str = "cpu"
@@ -121,13 +139,17 @@ def train(
     """
     say = progress or (lambda what, done, total: None)
     _check(recipe)
+    if not resume:
+        check_run(out)
     spec = fit_log_spec(log)
     learner = _set_up(recipe, spec, len(log.schema.rungs))
-    done = _start(out, recipe, spec, learner, resume)
+    done = _resumed(out, recipe, spec, learner) if resume else FRESH
     teacher = _teacher(log, spec, recipe, out, resume, say)
     material = _material(log, spec, teacher, recipe, say)
     while done["epoch"] < recipe.epochs and done["epoch"] - done["best_epoch"] < recipe.patience:
         line = _epoch(learner, material, recipe, done["epoch"] + 1, say)
+        if done is FRESH:  # an earlier run in the folder stays until this one has something to put in its place
+            _start(out, recipe, spec, learner, teacher)
         done = _keep(out, learner, recipe, spec, done, line)
         logger.info("%s", line)
     load_weights(learner.best, out / "weights.safetensors")
@@ -141,9 +163,13 @@ def _check(recipe: Recipe) -> None:
     for kind, name, known in (("loss", recipe.loss, LOSSES), ("sampler", recipe.sampler, SAMPLERS)):
         if name not in known:
             raise TrainError(f"{kind} {name!r} is not known: use one of {', '.join(known)}")
-    for name in ("lr", "embedding_lr", "epochs", "batch", "patience", "valid_lists"):
-        if getattr(recipe, name) <= 0:
-            raise TrainError(f"{name} is {getattr(recipe, name)}: it must be above 0")
+    for name, (number, least, most) in RANGES.items():
+        value = getattr(recipe, name)
+        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not plain or (number is int and value != int(value)) or not least <= value <= most:
+            what = "a whole number" if number is int else "a number"
+            raise TrainError(f"{name} is {value!r}: it must be {what} from {least:g} to {most:g}")
+    make_sampler(recipe)
     if recipe.device not in ("cpu", "cuda"):
         raise TrainError(f"device is {recipe.device!r}: use cpu or cuda")
     if recipe.device == "cuda" and not torch.cuda.is_available():
@@ -154,7 +180,7 @@ def make_sampler(recipe: Recipe) -> Sampler:
     """The recipe's sampler; TrainError names an option that it does not take."""
     try:
         return SAMPLERS[recipe.sampler](**recipe.sampler_options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TrainError(f"sampler {recipe.sampler!r} does not take these options ({error})") from error
 
 
@@ -164,7 +190,7 @@ def _set_up(recipe: Recipe, spec: FeatureSpec, grades: int) -> Learner:
     network = build_network(recipe.network, spec, recipe.options).to(recipe.device)
     try:
         loss = LOSSES[recipe.loss](grades=grades, **recipe.loss_options).to(recipe.device)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TrainError(f"loss {recipe.loss!r} does not take these options ({error})") from error
     tables = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     parameters = [*network.parameters(), *loss.parameters()]
@@ -177,14 +203,19 @@ def _set_up(recipe: Recipe, spec: FeatureSpec, grades: int) -> Learner:
     return Learner(network=network, average=average, loss=loss, optimizer=torch.optim.AdamW(groups))
 
 
-def _start(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, resume: bool) -> dict[str, Any]:
-    """Open the folder, fresh or resumed; returns the progress so far."""
+def _start(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, teacher: Teacher | None) -> None:
+    """Open the folder for a new run."""
+    open_run(out)
+    spec.save(out / "spec.json")
+    write_json(out / "config.json", _config(recipe, spec, learner.network))
+    if teacher is not None:
+        quality = torch.tensor([teacher.auc[rung] for rung in teacher.auc])
+        write_tensors(out / "teacher.safetensors", {"soft": torch.from_numpy(teacher.soft), "auc": quality}, {})
+
+
+def _resumed(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner) -> dict[str, Any]:
+    """Put the last whole epoch of the folder into the learner; returns the progress so far."""
     now = _config(recipe, spec, learner.network)
-    if not resume:
-        open_run(out)
-        spec.save(out / "spec.json")
-        write_json(out / "config.json", now)
-        return {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0}
     before = read_json(out / "config.json")
     for key in sorted(now.keys() - {"head", "epochs", "patience", "device"}):
         if before.get(key) != now[key]:
@@ -223,8 +254,6 @@ def _teacher(log: Log, spec: FeatureSpec, recipe: Recipe, out: Path, resume: boo
 
     teacher = fit_teacher(log, spec, seed=recipe.seed, progress=forward)
     say("teacher", stages, stages)
-    quality = np.array([teacher.auc[rung] for rung in log.schema.rungs])
-    write_tensors(path, {"soft": torch.from_numpy(teacher.soft), "auc": torch.from_numpy(quality)}, {})
     return teacher
 
 
@@ -237,10 +266,7 @@ def _material(log: Log, spec: FeatureSpec, teacher: Teacher | None, recipe: Reci
             f"log {log.schema.name}: no training list has a positive: check the feedback columns in log.toml"
         )
     say("lists", 1, 3)
-    valid = held_out(log, VALID)
-    if len(valid.lists) > recipe.valid_lists:
-        chosen = np.random.default_rng(0).choice(len(valid.lists), recipe.valid_lists, replace=False)
-        valid = valid.take(np.sort(chosen))
+    valid = _sampled(held_out(log, VALID), recipe.valid_lists)
     say("lists", 2, 3)
     users, valid_users = (encode_users(spec, log, part) for part in (data.requests, valid.requests))
     say("lists", 3, 3)
@@ -253,6 +279,21 @@ def _material(log: Log, spec: FeatureSpec, teacher: Teacher | None, recipe: Reci
         valid=valid,
         valid_users=valid_users,
     )
+
+
+def _sampled(held: HeldOut, most: int) -> HeldOut:
+    """At most so many of the lists, drawn without regard to their grades, since calibration needs the real base rate.
+
+    Raises TrainError when no list drawn has a positive: there would be nothing to choose an epoch by.
+    """
+    drawn = np.random.default_rng(0).permutation(len(held.lists))[:most]
+    sample = held.take(np.sort(drawn))
+    if not (sample.lists.grade > 0).any():
+        raise TrainError(
+            f"none of {len(drawn):,} validation lists has a positive: give validation more of the time in [split] of "
+            "log.toml, or raise --set valid_lists"
+        )
+    return sample
 
 
 # --- the loop -------------------------------------------------------------------------------------------
@@ -290,14 +331,11 @@ def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say
 
 
 def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Shuffled rows of the training lists, a batch at a time; a fixed number of steps repeats the shuffle as needed."""
-    every = -(-count // recipe.batch)
-    steps = recipe.steps or every
-    for _ in range(-(-steps // every)):
-        order = rng.permutation(count)
-        for at in range(0, count, recipe.batch)[:steps]:
-            yield order[at : at + recipe.batch]
-        steps -= every
+    """Shuffled rows of the training lists, a batch at a time."""
+    order = rng.permutation(count)
+    starts = range(0, count, recipe.batch)
+    for at in starts[: recipe.steps or len(starts)]:
+        yield order[at : at + recipe.batch]
 
 
 def _forward(
@@ -398,6 +436,8 @@ def _finish(
     rows: dict[str, Row] = {"model": measure(scores, test)}
     rows |= {name: measure(values, test) for name, values in baselines(log, test).items()}
     fitted = _calibration(network, material)
+    shown = test.lists.stage == IMPRESSION
+    probability = sigmoid(fitted.a * scores[shown] + fitted.b)
     metrics = {
         **rows_to_json(rows),
         "lists": test.describe(),
@@ -406,7 +446,7 @@ def _finish(
         "train_seconds": done["seconds"],
         "teacher": None if teacher is None else teacher.to_json(),
         "calibration": {"a": fitted.a, "b": fitted.b},
-        "calibration_error": fitted.ece,
+        "calibration_error": expected_calibration_error(probability, test.lists.grade[shown] > 0),
         "log": {"name": log.schema.name, **log.report},
     }
     write_json(out / "warmup.json", _warmup(log, material.valid))

@@ -28,7 +28,7 @@ from service import problems
 from service.admission import Admission, Permit
 from service.answers import Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
 from service.errors import BodyTooLarge, UnsupportedBody
-from service.openapi import describe, documented
+from service.openapi import TITLE, VERSION, describe, documented
 from service.ranker import KERNEL, Ranker
 from service.refresh import Refresher
 from service.settings import Settings, load_settings
@@ -57,7 +57,9 @@ class Service:
             refresh_s=settings.refresh_s,
             on_swap=self._announce,
             on_failure=self.telemetry.refresh_failures.inc,
+            on_wait=self._tell_waiting,
         )
+        self._warned: str | None = None  # the release whose lack of an index is in the log
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -121,6 +123,7 @@ class Service:
             "kernel": KERNEL,
             "draining": self.draining,
             "users": standing.users,
+            "retrieval": standing.ranker is not None and standing.ranker.index is not None,
             "store": {
                 "url": self.store.url,
                 "reachable": standing.reachable,
@@ -129,6 +132,9 @@ class Service:
                 "failures": standing.failures,
             },
         }
+
+    def _tell_waiting(self, why: str) -> None:
+        log.info("listening on %s; waiting: %s", self.settings.url, why)
 
     def _announce(self, ranker: Ranker) -> None:
         first = self.refresher.standing.swaps == 1
@@ -142,6 +148,12 @@ class Service:
             *(head.kind, head.user_heads, head.item_heads, head.dim),
             ", retrieval on" if ranker.index else "",
         )
+        if self.settings.retrieval and ranker.index is None and self._warned != ranker.release:
+            self._warned = ranker.release
+            log.warning(
+                "release %s has no index, so /v1/retrieve answers 409: publish it with --index flat or ivf-sq8",
+                ranker.release,
+            )
         self.telemetry.serve_release(ranker.release, ranker.bundle.id)
 
     def _drain_on_sigterm(self) -> Callable[[], None]:
@@ -195,7 +207,8 @@ def _check_json(request: Request) -> None:
             field="Content-Type",
             remedy=f"send {JSON}",
         )
-    if encoding := request.headers.get("content-encoding"):
+    encoding = request.headers.get("content-encoding", "")
+    if encoding.strip().lower() not in ("", "identity"):
         raise UnsupportedBody(
             f"Content-Encoding is {encoding[:80]}", field="Content-Encoding", remedy="send the body without encoding"
         )
@@ -235,7 +248,7 @@ def create_app(settings: Settings, store: ReleaseStore | None = None) -> FastAPI
         async with service.running():
             yield
 
-    app = FastAPI(lifespan=lifespan, redirect_slashes=False, redoc_url=None)
+    app = FastAPI(title=TITLE, version=VERSION, lifespan=lifespan, redirect_slashes=False, redoc_url=None)
     app.state.service = service
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     app.add_middleware(Observed, telemetry=service.telemetry)
@@ -294,18 +307,20 @@ def _add_state(app: FastAPI, service: Service) -> None:
         document = {"release": ranker.release, "items": drawn[0], "users": drawn[1]}
         return Response(orjson.dumps(document), media_type=JSON)
 
-    @app.get("/livez", **documented("livez"))
+    @app.get("/livez", **documented("livez"))  # what the document shows; the route below is found first
+    @app.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
     async def livez() -> Response:
         """Whether the process answers at all."""
         return Response(b'{"alive":true}', media_type=JSON)
 
     @app.get("/readyz", **documented("readyz"))
+    @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
     async def readyz(request: Request) -> Response:
         """Whether a release is loaded and the process is not on its way out, and how it stands with its store."""
         state = service.state()
         if state["ready"]:
             return Response(orjson.dumps(state), media_type=JSON)
-        return problems.not_ready(request, state)
+        return problems.not_ready(request, state, service.refresher.why())
 
     @app.get("/metrics", **documented("metrics"))
     async def metrics() -> Response:

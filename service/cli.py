@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from cache.cli import app as cache_app
+from cache.errors import disk_error
 from model.cli import app as model_app
 from model.errors import RankTowerError
 
@@ -59,7 +60,9 @@ def rank(
     store: Annotated[str, typer.Option(help="URL of the release store.")] = DEFAULT_STORE,
     cache_dir: Annotated[Path, typer.Option(help="Folder for what a remote store sends.")] = Path("var/cache"),
     user_id: Annotated[str | None, typer.Option(help="A user of the user table.")] = None,
-    candidates: Annotated[str | None, typer.Option(help="Item ids with commas between them.")] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Item ids with commas between them; ids that contain commas need --json.")
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(help="File with a body as for POST /v1/rank; - for standard input.")
     ] = None,
@@ -99,10 +102,11 @@ def _body(json: Path | None, ranker: Ranker, **given: Any) -> bytes:
             return sys.stdin.buffer.read() if str(json) == "-" else json.read_bytes()
         except OSError as error:
             raise RequestError(f"{json} cannot be read ({error.strerror})", remedy="name a file, or -") from error
-    if given["candidates"] is None:
+    texts = [text for text in (given["candidates"] or "").split(",") if text.strip()]
+    if not texts:
         raise RequestError("there are no candidates", remedy="give --candidates 1,2,3 or --json body.json")
     document: dict[str, Any] = {
-        "candidates": [_id(text, ranker.spec.item_id_type) for text in given["candidates"].split(",") if text],
+        "candidates": [_id(text, ranker.spec.item_id_type) for text in texts],
         "user_id": None if given["user_id"] is None else _id(given["user_id"], ranker.spec.user_id_type),
         "top_k": given["top_k"],
         "explain": given["explain"],
@@ -123,8 +127,9 @@ def _print(ranking: Ranking) -> None:
     from rich.table import Table
 
     known = {None: "", True: ", user known", False: ", user not in the user table"}[ranking.user_known]
-    table = Table(title=f"release {ranking.release}{known}", title_justify="left", box=None)
-    for name in ("", "id", "score", "probability", "item heads"):
+    table = Table(box=None)
+    explained = ranking.explanation is not None
+    for name in ("", "id", "score", "probability", *(["item heads"] if explained else [])):
         table.add_column(name, justify="right")
     heads = [] if ranking.explanation is None else ranking.explanation.item_heads.tolist()
     for place, (item, score) in enumerate(zip(ranking.ids, ranking.scores.tolist(), strict=True)):
@@ -135,9 +140,11 @@ def _print(ranking: Ranking) -> None:
             str(item),
             f"{score:.4f}" if known_item else "unknown",
             "" if probability is None else f"{probability:.4f}",
-            " ".join(map(str, heads[place])) if place < len(heads) else "",
+            *([" ".join(map(str, heads[place])) if place < len(heads) else ""] if explained else []),
         )
-    Console(highlight=False).print(table)
+    console = Console(highlight=False, markup=False)  # an id in brackets is no style
+    console.print(f"release {ranking.release}{known}", soft_wrap=True)
+    console.print(table)
 
 
 def main() -> None:
@@ -145,8 +152,14 @@ def main() -> None:
     try:
         app()
     except RankTowerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _give_up(str(error))
+    except OSError as error:
+        _give_up(disk_error(error))
+
+
+def _give_up(reason: str) -> NoReturn:
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

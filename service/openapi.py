@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from service import problems, schema
 
-VERSION = "1"
+TITLE, VERSION = "RankTower", "1"
 REFERENCE = "#/components/schemas/{model}"
 TIMING = "Milliseconds by stage: queue, decode, encode, user, score, topk, respond."
 
@@ -55,7 +55,7 @@ def documented(name: str) -> dict[str, Any]:
 def describe(app: FastAPI) -> dict[str, Any]:
     """The whole document."""
     document = get_openapi(
-        title="RankTower",
+        title=TITLE,
         version=VERSION,
         summary="The pre-ranking stage of a recommender cascade.",
         description="Every error is a problem document (RFC 9457) that names field and remedy. See docs/api.md.",

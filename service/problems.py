@@ -96,11 +96,9 @@ def problem(
     return Response(orjson.dumps(document), kind.status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
 
 
-def not_ready(request: Request, state: Mapping[str, Any]) -> Response:
-    """The state of a replica that should get no requests, as a problem."""
-    detail = "the service is going away" if state["draining"] else "no release is loaded"
-    if state["store"]["failure"]:
-        detail += f": {state['store']['failure']}"
+def not_ready(request: Request, state: Mapping[str, Any], why: str) -> Response:
+    """The state of a replica that should get no requests, as a problem. `why` no release is loaded, if none is."""
+    detail = "the service is going away" if state["draining"] else f"no release is loaded: {why}"
     remedy = "ask another replica" if state["draining"] else "publish and activate a release; this service picks it up"
     return problem(KINDS[NotReady], detail, instance=_path(request), field=None, remedy=remedy, more=state)
 

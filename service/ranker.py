@@ -309,8 +309,9 @@ class Ranker:
         missing = np.flatnonzero(rows < 0)
         field = f"{place}candidates[{missing[0]}]"
         named = short(repr(request.candidates[missing[0]]))
+        which = "the only one" if len(missing) == 1 else f"the first of {len(missing)} such"
         return RequestError(
-            f"{field} is {named}, unknown to release {self.release} (as are {len(missing)} of {len(rows)})",
+            f"{field} is {named}, unknown to release {self.release} ({which} among {len(rows)} candidates)",
             field=field,
             remedy="publish these items, leave them out, or send on_missing last or drop",
         )

@@ -10,7 +10,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from cache.release import drop_cached
 from cache.store import ReleaseStore
 from model.errors import RankTowerError
 from service.errors import NotReady
@@ -28,6 +27,7 @@ class Standing:
 
     ranker: Ranker | None = None
     users: str | None = None  # version of the user table
+    current: str | None = None  # the release that the store names
     swaps: int = 0  # how often a release or a user table was taken over
     reachable: bool = False  # whether the store answered when last asked
     contact_s: float | None = None  # monotonic time of the store's last answer
@@ -41,19 +41,19 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Which release was refused, and when to try it again; another one may be tried at once."""
+    """Which release or user table was refused, and when to try it again; another one may be tried at once."""
 
-    release_id: str | None = None
+    name: str | None = None
     at_s: float = 0.0
     pause_s: float = 0.0
 
-    def allows(self, release_id: str | None) -> bool:
-        return release_id != self.release_id or monotonic() >= self.at_s
+    def allows(self, name: str | None) -> bool:
+        return name != self.name or monotonic() >= self.at_s
 
-    def later(self, release_id: str | None) -> Retry:
-        again = release_id == self.release_id and self.pause_s > 0
+    def later(self, name: str | None) -> Retry:
+        again = name == self.name and self.pause_s > 0
         pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S) if again else FIRST_PAUSE_S
-        return Retry(release_id, monotonic() + pause_s, pause_s)
+        return Retry(name, monotonic() + pause_s, pause_s)
 
 
 class Refresher:
@@ -71,12 +71,13 @@ class Refresher:
         refresh_s: float = 1.0,
         on_swap: Callable[[Ranker], None] = lambda ranker: None,
         on_failure: Callable[[], None] = lambda: None,
+        on_wait: Callable[[str], None] = lambda why: None,  # once, after the first look at the store
     ) -> None:
         self._store, self._cache_dir, self._retrieval, self._refresh_s = store, cache_dir, retrieval, refresh_s
-        self._on_swap, self._on_failure = on_swap, on_failure
+        self._on_swap, self._on_failure, self._on_wait = on_swap, on_failure, on_wait
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
-        self._retry = Retry()
+        self._retry, self._users_retry = Retry(), Retry()
         self._changed = threading.Condition()
         self.standing = Standing()
 
@@ -84,9 +85,19 @@ class Refresher:
         """The current Ranker. Raises NotReady while there is none."""
         ranker = self.standing.ranker
         if ranker is None:
-            reason = self.standing.failure or f"{self._store.url} holds no current release yet"
-            raise NotReady(f"no release is loaded: {reason}", remedy="publish one; this service picks it up")
+            raise NotReady(f"no release is loaded: {self.why()}", remedy="publish one; this service picks it up")
         return ranker
+
+    def why(self) -> str:
+        """Why no release is loaded, while none is."""
+        standing = self.standing
+        if standing.failure is not None:
+            return standing.failure
+        if standing.contact_s is None:
+            return f"{self._store.url} has not answered yet"
+        if standing.current is not None:
+            return f"release {standing.current} is being loaded"
+        return f"{self._store.url} holds no current release yet"
 
     def start(self) -> None:
         self._thread.start()
@@ -108,28 +119,32 @@ class Refresher:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        seen: str | None = None
-        while not self._stopping.is_set():
-            try:
-                seen = self._store.wait(seen, self._refresh_s)
-            except Exception as error:  # whatever the store's client raises, this thread lives on
-                self._stand(reachable=False)
-                self._record(error)
-                self._stopping.wait(STORE_PAUSE_S)
-                continue
-            self._stand(contact_s=monotonic(), reachable=True)
-            self._try(seen)
+        seen, pause_s = self._look(None, 0.0)
+        self._on_wait(self.why())
+        while not self._stopping.wait(pause_s):
+            if self.standing.reachable:
+                self._try(seen)
+            seen, pause_s = self._look(seen, self._refresh_s)
+
+    def _look(self, seen: str | None, timeout_s: float) -> tuple[str | None, float]:
+        """What the store names as current, and how long to pause before going on; what was seen where it fails."""
+        try:
+            seen = self._store.wait(seen, timeout_s)
+        except Exception as error:  # whatever the store's client raises, this thread lives on
+            self._stand(reachable=False)
+            self._record(error)
+            return seen, STORE_PAUSE_S
+        self._stand(contact_s=monotonic(), reachable=True, current=seen)
+        return seen, 0.0
 
     def _try(self, release_id: str | None) -> None:
         try:
             if self._retry.allows(release_id):
                 self.take_over(release_id)
-                self._retry = Retry()
             else:
                 self.follow_users()
         except Exception as error:  # the old release serves on
             self._record(error)
-            self._retry = self._retry.later(release_id)
 
     def take_over(self, release_id: str | None) -> None:
         """Serve this release with the user table that fits it; does nothing where both are served already.
@@ -137,30 +152,51 @@ class Refresher:
         Raises whatever refuses the release or the table; what was served is served still.
         """
         serving = self.standing.ranker
+        fits = True
         if serving is not None and serving.release == release_id:
-            self.follow_users()
+            fits = self.follow_users()
         elif release_id is not None:  # a store without any release has lost all it had: that deletes no users here
-            folder = self._store.fetch(release_id, self._cache_dir)
-            ranker = Ranker.open(folder, retrieval=self._retrieval)
-            ranker.check()
-            if self._cache_dir.is_dir():  # what serves stays until the next one comes: a rollback finds it here
-                drop_cached(self._cache_dir, {release_id} | ({serving.release} if serving else set()))
-            self._swap(ranker, self._store.users_version(ranker.spec.id))
-        if self.standing.failure is not None:
+            self._take_release(release_id)
+        self._retry = Retry()
+        if fits and self.standing.failure is not None:
             self._stand(failure=None)
 
-    def follow_users(self) -> None:
-        """Take the current user table of what is served, or none where it was deleted."""
+    def follow_users(self) -> bool:
+        """Take the current user table of what is served, or none where it was deleted.
+
+        Returns whether it is served now; False while one that was refused waits to be tried again.
+        """
         ranker = self.standing.ranker
         if ranker is None:
-            return
+            return True
         version = self._store.users_version(ranker.spec.id)
-        if version != self.standing.users:
+        if version == self.standing.users:
+            return True
+        if not self._users_retry.allows(version):
+            return False
+        try:
             self._swap(ranker, version)
+        except Exception:
+            self._users_retry = self._users_retry.later(version)
+            raise
+        self._users_retry = Retry()
+        return True
+
+    def _take_release(self, release_id: str) -> None:
+        serving = self.standing.ranker
+        try:
+            ranker = Ranker.open(self._store.fetch(release_id, self._cache_dir), retrieval=self._retrieval)
+            ranker.check()
+            # what serves stays until the next one comes: a rollback finds it here
+            self._store.drop_cached(self._cache_dir, {release_id} | ({serving.release} if serving else set()))
+            self._swap(ranker, self._store.users_version(ranker.spec.id))
+        except Exception:
+            self._retry = self._retry.later(release_id)
+            raise
 
     def _swap(self, ranker: Ranker, users: str | None) -> None:
         """Serve the ranker over this version of the user table, once it has answered its recorded requests."""
-        table = self._store.fetch_users(ranker.spec.id, self._cache_dir) if users else None
+        table = self._store.fetch_users(ranker.spec.id, self._cache_dir)  # none: the local copy goes, too
         ranker = ranker.with_users(table)
         ranker.warm_up()
         self._stand(ranker=ranker, users=users, swaps=self.standing.swaps + 1)

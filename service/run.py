@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import logging.config
 import shutil
 import socket
 from typing import Any
@@ -11,16 +13,21 @@ from uvicorn.supervisors import Multiprocess
 
 from service.app import create_app
 from service.errors import SettingsError
-from service.settings import Settings
+from service.settings import Settings, unknown_variables
 
 FACTORY = "service.app:from_environment"  # workers import it
 BACKLOG = 2048  # connections that the kernel keeps for us
 STOP_WITHIN_S = 10  # for requests that are still at work when the server stops
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+log = logging.getLogger(__name__)
+
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises SettingsError when the address cannot be had."""
+    logging.config.dictConfig(log_config(settings.log_level))
+    for name, remedy in unknown_variables():
+        log.warning("%s is in the environment, but no setting: %s", name, remedy)
     listener = listen(settings.host, settings.port)
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})
     if settings.workers == 1:

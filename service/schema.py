@@ -170,6 +170,7 @@ class Ready(BaseModel):
     kernel: str
     draining: bool
     users: str | None = Field(description="Version of the user table, null without one.")
+    retrieval: bool = Field(description="Whether an index is loaded, so that /v1/retrieve answers.")
     store: dict[str, Any] = Field(
         description="`url` without credentials, `reachable`, `staleness_s`: seconds since it last answered, `failure`: "
         "why the last attempt to take something over failed, and `failures`: how many did."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
 from pathlib import Path
@@ -21,7 +22,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     store: str = Field(default="file://./var/releases", description="URL of the release store.")
-    cache_dir: Path = Field(default=Path("var/cache"), description="Folder for what is downloaded from a remote store.")
+    cache_dir: Path = Field(default=Path("var/cache"), description="Folder for what remote stores send.")
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(default=8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     workers: int = Field(default=1, ge=1, le=1024, description="Processes; all map the same files.")
@@ -56,6 +57,18 @@ class Settings(BaseSettings):
         metrics = tempfile.mkdtemp(prefix="ranktower-metrics-")
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
         return Path(metrics)
+
+
+def unknown_variables() -> list[tuple[str, str]]:
+    """Each `RANKTOWER_*` of the environment that is no setting, with what to do about it."""
+    known = [name.upper() for name in Settings.model_fields]
+    found = []
+    for name in sorted(os.environ):
+        setting = name.upper().removeprefix(PREFIX)
+        if name.upper().startswith(PREFIX) and setting not in known:
+            close = difflib.get_close_matches(setting, known, n=1)
+            found.append((name, f"did you mean {PREFIX}{close[0]}?" if close else "see ranktower serve --help"))
+    return found
 
 
 def load_settings(**given: Any) -> Settings:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from time import perf_counter_ns
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.values import MutexValue, ValueClass
 
@@ -14,6 +21,8 @@ STAGES = ("queue", "decode", "encode", "user", "score", "topk", "respond")
 STAGE_SECONDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5)
 REQUEST_SECONDS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 5.0)
 CANDIDATES = (0, 1, 10, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # series without use that the documentation does not have
 
 
 class StageClock:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ from functools import cache
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
-import orjson
 from msgspec import Meta, Struct
 
 from model.features import IdType
@@ -98,10 +99,33 @@ def _decoder(kind: Any, refusals: Refusals) -> Callable[[bytes], Any]:
         except msgspec.ValidationError as error:
             raise refusals.of(str(error), body) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            reason = "the body is empty" if not body.strip() else f"the body is not JSON ({error})"
-            raise MalformedBody(reason, remedy="send one JSON object in UTF-8, without NaN or Infinity") from error
+            raise _malformed(body, error) from error
 
     return read
+
+
+def _malformed(body: bytes, error: Exception) -> MalformedBody:
+    if not body.strip():
+        reason = "the body is empty"
+    elif half := _half_a_character(body, str(error)):
+        remedy = "send whole characters as JSON in UTF-8: cut text between characters, not within one"
+        return MalformedBody(f"the body holds half a character, the lone surrogate {half}", remedy=remedy)
+    else:
+        reason = f"the body is not JSON ({error})"
+    return MalformedBody(reason, remedy="send one JSON object in UTF-8, without NaN or Infinity")
+
+
+HALF = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+
+
+def _half_a_character(body: bytes, problem: str) -> str | None:
+    """The lone surrogate that the decoder stumbled over: near the end of a body it takes one for a cut."""
+    half = HALF.search(body)
+    if half is None or not ("surrogate" in problem or _read(body) is not _UNSEEN):
+        return None
+    return half[0].decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +149,20 @@ class Refusals:
             return RequestError(f"{field} is absent", field=field, remedy=f"send {self._expected(field)}")
         shown = (path or "the body") + ("" if value is _UNSEEN else f" is {_shown(value)}")
         expected = short(problem[0].lower() + problem[1:].replace("`", ""), 160)
-        return RequestError(f"{shown}: {expected}", field=path or None, remedy=f"send {self._expected(path)}")
+        numeric = re.match(r"(Number|Integer value) out of range|Expected `int` [<>]=", problem) and self._is_feature(
+            path
+        )
+        remedy = "a finite number, an integer only within int64" if numeric else self._expected(path)
+        return RequestError(f"{shown}: {expected}", field=path or None, remedy=f"send {remedy}")
 
     def _names(self, path: str) -> tuple[str, ...]:
         kind = RankRequest if self.kind is BatchRequest and path else self.kind
         return kind.__struct_fields__
 
+    def _is_feature(self, path: str) -> bool:
+        return _root(path) in ("user", "context")
+
     def _expected(self, path: str) -> str:
-        name = re.sub(r"^requests\[\d+\]\.?", "", path)
-        root = re.split(r"[.\[]", name)[0]
         expected = {
             "candidates": f"a list of item ids, which are {ID_NAMES[self.item_ids]} in this release",
             "history": f"a list of item ids, which are {ID_NAMES[self.item_ids]} in this release",
@@ -147,7 +176,13 @@ class Refusals:
             "explain": "true or false",
             "requests": "a list of rank requests",
         }
-        return expected.get(root, "one JSON object, as documented in /openapi.json")
+        return expected.get(_root(path), "one JSON object, as documented in /openapi.json")
+
+
+def _root(path: str) -> str:
+    """The field of the request that a path begins with."""
+    name = re.sub(r"^requests\[\d+\]\.?", "", path)
+    return re.split(r"[.\[]", name)[0]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -159,13 +194,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 _UNSEEN = object()
+MOST_DIGITS = 400  # of an integer; a longer one is no finite float either
 
 
 def _find(where: str, body: bytes) -> tuple[str, Any]:
     """The path without its blanks, and the value there: msgspec writes `.user[...]` for any key of a mapping."""
-    try:
-        value: Any = orjson.loads(body)
-    except orjson.JSONDecodeError:
+    value = _read(body)
+    if value is _UNSEEN or HALF.search(body):  # half a character could not be sent back
         return where.lstrip(".").replace("[...]", ""), _UNSEEN
     path = ""
     for name, index in re.findall(r"\.(\w+)|\[(\d{1,9}|\.\.\.)\]", where):
@@ -175,12 +210,23 @@ def _find(where: str, body: bytes) -> tuple[str, Any]:
         except (KeyError, IndexError, TypeError):
             return path, _UNSEEN
         path = _join(path, step)
-    return path, value
+    return path, value if value == value and value not in (math.inf, -math.inf) else _UNSEEN
+
+
+def _read(body: bytes) -> Any:
+    """The body with numbers of any size, _UNSEEN where it is not JSON."""
+    try:
+        return json.loads(body, parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else math.inf)
+    except (ValueError, RecursionError):
+        return _UNSEEN
 
 
 def _bad_name(fields: Any) -> str:
     """The first name in `user` or `context` whose value has a wrong type."""
     for name, value in fields.items() if isinstance(fields, dict) else ():
+        entries = value if isinstance(value, list) else [value]
+        if any(isinstance(entry, float) and math.isinf(entry) for entry in entries):
+            return str(name)
         try:
             msgspec.convert(value, Scalar | list[Scalar])
         except msgspec.ValidationError:
@@ -196,7 +242,7 @@ def _join(path: str, step: str | int) -> str:
 
 def _shown(value: Any) -> str:
     """A value as JSON, short enough for a message."""
-    return short(orjson.dumps(value).decode())
+    return short(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
 def short(text: str, most: int = 80) -> str:

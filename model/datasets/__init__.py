@@ -5,11 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from model.datasets import kuairand, movielens
+from model.datasets import kuairand, movielens, own
 from model.datasets.log import Log, read_log
+from model.datasets.schema import FILE
+from model.errors import DataError
 
-__all__ = ["DATASETS", "Adapter", "Log", "read_log"]
+__all__ = ["DATASETS", "Adapter", "Log", "adopt", "read_log"]
 
 Adapter = Callable[[Path | None, Path], Path]  # (source, or None for the default one; folder to write)
 
 DATASETS: dict[str, Adapter] = {"kuairand": kuairand.convert, "movielens": movielens.convert}
+
+
+def adopt(source: Path, out: Path) -> Path:
+    """Bring the log of a folder to `out`, whichever adapter its files call for. Raises DataError where none does."""
+    if own.holds(source):
+        return own.convert(source, out)
+    if kuairand.holds(source):
+        return kuairand.convert(source, out)
+    if not source.is_dir():
+        raise DataError(f"{source} is no folder: give the folder that holds the log")
+    raise DataError(
+        f"{source} holds no {FILE} (a log in the documented form, see docs/data.md) and, itself or in data/, none of "
+        f"{', '.join(kuairand.MARKS)} (KuaiRand-Pure): give the folder that holds one of them"
+    )

@@ -18,6 +18,7 @@ from model.datasets.schema import TIME_UNITS, nearest
 from model.errors import DataError
 
 LARGEST_EXACT = 2.0**53  # whole numbers up to here survive as float64
+MAX_ID_BYTES = 1024  # of a text id in UTF-8: what a published snapshot holds
 YEAR_9999_MS = 253_402_300_799_999
 GUESSED_UNITS = ((1e11, "s"), (1e14, "ms"), (1e17, "us"))  # an epoch time below the bound has this unit; above, ns
 
@@ -54,6 +55,8 @@ def open_source(path: Path, columns: Sequence[str], wanted_by: str = "log.toml")
             for name in columns:
                 if name not in known:
                     raise DataError(f"{path} has no column {name!r}, which {wanted_by} names: {nearest(name, known)}")
+                if known.count(name) > 1:
+                    raise DataError(f"{path} has {known.count(name)} columns {name!r}: keep or rename one")
             return Source(path, file.read(columns=list(dict.fromkeys(columns))))
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: write it as docs/data.md shows") from error
@@ -73,8 +76,9 @@ def read_ids(source: Source, name: str) -> pa.Array:
 
 
 def read_unique_ids(source: Source, name: str) -> pa.Array:
-    """The same, each id once."""
+    """The same, each id once, and text ids of a length that can be published."""
     ids = read_ids(source, name)
+    _refuse_long_ids(source, name, ids)
     if len(ids) == 0:
         raise DataError(f"{source.path} has no rows: write at least one")
     if pc.count_distinct(ids).as_py() == len(ids):
@@ -84,6 +88,19 @@ def read_unique_ids(source: Source, name: str) -> pa.Array:
     raise source.wrong(
         name, row, f"id {ids[row].as_py()!r} stands in row {first[inverse][row]} already: keep one row per id"
     )
+
+
+def _refuse_long_ids(source: Source, name: str, ids: pa.Array) -> None:
+    """Text ids hold 1 to MAX_ID_BYTES bytes."""
+    if pa.types.is_integer(ids.type):
+        return
+    size = np.asarray(pc.binary_length(ids).to_numpy(zero_copy_only=False))
+    rows = np.flatnonzero((size == 0) | (size > MAX_ID_BYTES))
+    if len(rows):
+        length = "is empty" if size[rows[0]] == 0 else f"has {size[rows[0]]:,} bytes of UTF-8"
+        raise source.wrong(
+            name, int(rows[0]), f"id {length}{_more(rows)}: a text id has 1 to {MAX_ID_BYTES:,}, shorten or fill it"
+        )
 
 
 def match_ids(source: Source, name: str, known: pa.Array, known_in: str) -> NDArray[np.int32]:
@@ -183,13 +200,21 @@ def read_flags(source: Source, name: str, required: NDArray[np.bool_]) -> NDArra
 
 
 def read_scores(source: Source, name: str, required: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Logged ranker scores, finite. Null is allowed, as 0, only where `required` is false."""
+    """Logged ranker scores, probabilities from 0 to 1. Null is allowed, as 0, only where `required` is false."""
     array = source.column(name)
     if not _is_number(array.type):
         raise source.mistyped(name, "a teacher's scores are numbers")
     _refuse_nulls(source, name, array, "every impression needs the ranker's score", required)
     values = np.array(array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.float64)
     _refuse_unless_finite(source, name, array, values)
+    wrong = np.flatnonzero((values < 0) | (values > 1))
+    if len(wrong):
+        raise source.wrong(
+            name,
+            int(wrong[0]),
+            f"is {values[wrong[0]]:g}{_more(wrong)}: a teacher's score is the probability of its rung, from 0 to 1; "
+            "calibrate it, or drop it from [columns.teacher]",
+        )
     return np.nan_to_num(values, nan=0.0).astype(np.float32)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.datasets import columns as read
 from model.datasets import lists
 from model.datasets.lists import Ints, Splits
-from model.datasets.schema import FILE, Moment, Schema
+from model.datasets.schema import FILE, TIME_UNITS, Moment, Schema
 from model.errors import DataError
 from model.features import Field
 
@@ -199,10 +199,14 @@ def _split(events: Events, schema: Schema, hashes: NDArray[np.uint64] | None) ->
 
 
 def _number(moment: Moment, unit: str | None) -> int:
-    """A moment on the scale of Events.when."""
+    """A moment on the scale of Events.when; one that no time can reach counts as the end of the year 9999."""
     if isinstance(moment, datetime):
         return round(moment.timestamp() * 1000)
-    return int(read.to_milliseconds(np.array([moment], np.int64), unit)[0]) if unit else moment
+    if not unit:
+        return moment
+    most = int(read.YEAR_9999_MS / TIME_UNITS[unit]) + 1
+    within = max(-most, min(most, moment))
+    return int(read.to_milliseconds(np.array([within], np.int64), unit)[0])
 
 
 def _range(events: Events) -> str:

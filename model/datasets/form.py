@@ -76,6 +76,8 @@ def _fingerprint(adapter: str, sources: Iterable[Path]) -> str:
             digest.update(_hash(path).encode())
         except FileNotFoundError as error:
             raise DataError(f"{path} does not exist: give the folder that holds it") from error
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}): give a file that can") from error
     return digest.hexdigest()
 
 

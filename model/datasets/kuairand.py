@@ -30,6 +30,7 @@ OFFICIAL_USERS, OFFICIAL_VIDEOS = "user_features_pure.csv", "video_features_basi
 RECOVERED_LOG, RECOVERED_TAIL = "log_standard_0425_0504.parquet", "exposures_0408_0424_tail50.parquet"
 RECOVERED_META = "user_history_meta_0424.parquet"
 RECOVERED_USERS, RECOVERED_VIDEOS = "user_features.parquet", "video_features_basic.parquet"
+MARKS = (OFFICIAL_LOGS[1], RECOVERED_LOG)  # a folder with one of them is KuaiRand-Pure
 
 LIKES = ("is_like", "is_follow", "is_comment", "is_forward")
 LOG_COLUMNS = ("user_id", "video_id", "time_ms", "hourmin", "tab", "is_click", "long_view", "is_hate", *LIKES)
@@ -82,6 +83,11 @@ FIELDS = (
     Field(name="duration_ms", side="item", kind="numeric", dim=8),
     Field(name="aspect", side="item", kind="numeric", dim=4),
 )
+
+
+def holds(folder: Path) -> bool:
+    """Whether a folder, or its `data/`, has the files of KuaiRand-Pure."""
+    return any((place / name).is_file() for place in (folder, folder / "data") for name in MARKS)
 
 
 def convert(source: Path | None, out: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ LIST_KEYS = ("gap_s", "max_impressions")
 FIELD_KEYS = ("name", "side", "kind", "dim", "length", "pooling", "shares")
 
 DEFAULT_LENGTHS = {"multi": 5, "sequence": 30}  # entries kept where the field names no length
+MOST_IMPRESSIONS = 1_000_000
+MOST_DIM = MOST_LENGTH = 4_096
+LONGEST_SHOWN = 80  # characters of a wrong value in an error
 
 Moment = int | datetime  # a number in the unit of the column, or a time with its zone
 
@@ -96,7 +100,7 @@ def read_schema(path: Path) -> Schema:
         raise DataError(
             f"{path} does not exist: write it as docs/data.md shows, or convert with `ranktower data`"
         ) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of too many digits
         raise DataError(f"{path} cannot be read as TOML ({error}): correct it") from error
     return parse_schema(document, str(path))
 
@@ -107,15 +111,16 @@ def parse_schema(document: Mapping[str, Any], where: str) -> Schema:
     feedback = top.table("feedback", FEEDBACK_KEYS, required=True)
     rungs = _rungs(feedback)
     columns = _columns(top.table("columns", COLUMN_KEYS, required=True), rungs)
+    negative = _negative(feedback, rungs)
     return Schema(
         name=top.text("name", "log") or "log",
         columns=columns,
         rungs=rungs,
-        negative=_negative(feedback, rungs),
+        negative=negative,
         soft_label=_soft_label(feedback, rungs),
         split=_split(top.table("split", SPLIT_KEYS), columns),
         lists=_lists(top.table("lists", LIST_KEYS)),
-        fields=_fields(top, columns),
+        fields=_fields(top, columns, _roles(columns, rungs, negative)),
     )
 
 
@@ -136,7 +141,7 @@ class _Section:
                 raise DataError(f"{self.place}: unknown key {key!r}: {nearest(key, known)}")
 
     def wrong(self, key: str, expected: str) -> DataError:
-        return DataError(f"{self.place}: {key} is {self.values.get(key)!r}: {expected}")
+        return DataError(f"{self.place}: {key} is {_shown(self.values.get(key))}: {expected}")
 
     def text(self, key: str, default: str | None = None, *, required: bool = False) -> str | None:
         value = self.values.get(key, default)
@@ -150,12 +155,20 @@ class _Section:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.wrong(key, "write a number")
-        return value
+        try:
+            number = float(value)
+        except OverflowError as error:
+            raise self.wrong(key, "write a smaller number") from error
+        if not math.isfinite(number):
+            raise self.wrong(key, "write a finite number")
+        return number
 
-    def whole(self, key: str, default: int) -> int:
+    def whole(self, key: str, default: int, most: int) -> int:
         value = self.values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.wrong(key, "write a whole number of at least 1")
+        if value > most:
+            raise self.wrong(key, f"write a whole number of at most {most:,}")
         return value
 
     def names(self, key: str) -> tuple[str, ...]:
@@ -175,6 +188,15 @@ class _Section:
             raise self.wrong(key, f"write it as a table, [{key}]")
         place = f"{self.place[:-1]}.{key}]" if self.place.endswith("]") else f"{self.place}: [{key}]"
         return _Section(place, value, known)
+
+
+def _shown(value: object) -> str:
+    """A value for an error, cut where it is long; a number can have more digits than Python prints."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "too long to show"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _columns(section: _Section, rungs: tuple[str, ...]) -> Columns:
@@ -252,7 +274,7 @@ def _split(section: _Section, columns: Columns) -> Split:
 
 
 def _fractions(section: _Section) -> tuple[float, float]:
-    found = {key: float(section.number(key, 0.1)) for key in ("valid", "test")}
+    found = {key: section.number(key, 0.1) for key in ("valid", "test")}
     for key, value in found.items():
         if not 0 < value < 1:
             raise section.wrong(key, "write a fraction of the events between 0 and 1")
@@ -268,6 +290,8 @@ def _moment(section: _Section, key: str) -> Moment:
     if isinstance(value, date):
         return datetime(value.year, value.month, value.day, tzinfo=UTC)
     if isinstance(value, int) and not isinstance(value, bool):
+        if not -(2**63) <= value < 2**63:
+            raise section.wrong(key, "no column of 64-bit integers reaches it, write a number within them")
         return value
     raise section.wrong(
         key, "write a date, a date with time and zone (2022-05-02T00:00:00+08:00), or a number in the column's unit"
@@ -289,10 +313,28 @@ def _lists(section: _Section) -> Lists:
     gap_s = section.number("gap_s", 1800.0)
     if gap_s <= 0:
         raise section.wrong("gap_s", "write a number of seconds above 0")
-    return Lists(gap_s=float(gap_s), max_impressions=section.whole("max_impressions", 50))
+    return Lists(gap_s=gap_s, max_impressions=section.whole("max_impressions", 50, MOST_IMPRESSIONS))
 
 
-def _fields(top: _Section, columns: Columns) -> tuple[Field, ...]:
+def _roles(columns: Columns, rungs: Sequence[str], negative: Sequence[str]) -> dict[str, str]:
+    """Columns of events that no context field may read: what each is, and the remedy."""
+    outcome = "it is known after the request only, remove the field"
+    moment = "it never comes again, make a column of its hour or weekday and name that"
+    roles: dict[str | None, str] = {
+        columns.user: "the user's id: use side user",
+        columns.item: "the item's id: use side item",
+        columns.time: f"the time: {moment}",
+        columns.order: f"the order: {moment}",
+        columns.request: "the request's id: it never comes again, remove the field",
+        columns.stage: f"the stage: {outcome}",
+        **dict.fromkeys(columns.teacher.values(), f"a logged score of the teacher: {outcome}"),
+        **dict.fromkeys(negative, f"negative feedback: {outcome}"),
+        **dict.fromkeys(rungs, f"a rung of the ladder: {outcome}"),
+    }
+    return {name: role for name, role in roles.items() if name}
+
+
+def _fields(top: _Section, columns: Columns, roles: Mapping[str, str]) -> tuple[Field, ...]:
     entries = top.values.get("fields")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
         raise DataError(
@@ -306,6 +348,8 @@ def _fields(top: _Section, columns: Columns) -> tuple[Field, ...]:
     except SpecError as error:
         raise DataError(f"{top.place}: [[fields]]: {error}") from error
     for one in fields:
+        if one.side == "context" and one.name in roles:
+            raise DataError(f"{top.place}: [[fields]] {one.name}: side is 'context', but this is {roles[one.name]}")
         if one.kind == "sequence" and one.shares not in (None, columns.item):
             raise DataError(
                 f"{top.place}: [[fields]] {one.name}: holds items, so shares = {columns.item!r}, or leave it out"
@@ -326,7 +370,10 @@ def _field(section: _Section) -> Field:
     if kind == "sequence" and side != "user":
         raise section.wrong("side", "a sequence holds the user's past items, use side user")
     default_length = DEFAULT_LENGTHS.get(kind, 1)
-    options: dict[str, Any] = {"dim": section.whole("dim", 16), "length": section.whole("length", default_length)}
+    options: dict[str, Any] = {
+        "dim": section.whole("dim", 16, MOST_DIM),
+        "length": section.whole("length", default_length, MOST_LENGTH),
+    }
     try:
         return Field(name=name, side=side, kind=kind, pooling=pooling, shares=section.text("shares"), **options)  # type: ignore[arg-type]
     except SpecError as error:

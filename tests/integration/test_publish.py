@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from cache.cli import app
+from cache.cli import app, building_in, check_recall
 from cache.errors import StoreError
-from cache.release import INDEX, ITEMS, read_release
+from cache.file_store import FileStore
+from cache.release import INDEX, ITEMS, RELEASE, USER_TABLE, Progress, no_progress, read_release
 from cache.snapshot import Snapshot
-from cache.store import open_store
+from cache.store import STORES, open_store
 from model.errors import DataError
-from tests.catalogues import CROSS, Shop, open_shop
+from tests.catalogues import CROSS, MAXSIM, Shop, open_shop
 from tests.redis_server import redis_server
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +61,14 @@ def test_publish_makes_a_release_current_with_users_and_index(shop: Shop, url: s
     store = open_store(url)
     current = store.current()
     assert current is not None
-    assert f"published {current} to {store.url}: 400 items (400 embedded, 0 reused, 0 removed)" in said
+    assert f"published {current} to {store.url}: 400 items (400 embedded), " in said
     assert "current, was none" in said
     folder = store.fetch(current, Path("var/cache"))
     assert (folder / INDEX).is_file()
     users = store.fetch_users(shop.spec.id, Path("var/cache"))
     assert users is not None
     assert len(Snapshot.open(users)) == 60
-    assert not list(Path("var/build").iterdir())
+    assert not list(Path("var/build").glob("release-*"))
 
 
 def test_an_incremental_publish_embeds_only_changes(shop: Shop, url: str, tmp_path: Path) -> None:
@@ -83,14 +89,43 @@ def test_an_incremental_publish_embeds_only_changes(shop: Shop, url: str, tmp_pa
         url,
         "--incremental",
     ]
-    assert "would publish 399 items: 1 to embed, 398 unchanged, 1 removed; nothing was written" in run(
+    assert "would publish 399 items, 400 before: 1 to embed, 398 unchanged, 1 removed; nothing was written" in run(
         *arguments, "--dry-run"
     )
     assert open_store(url).current() == first
     assert len(open_store(url).list()) == 1
     said = run(*arguments)
-    assert "399 items (1 embedded, 398 reused, 1 removed)" in said
+    assert "399 items, 400 before (1 embedded, 398 reused, 1 removed)" in said
     assert f"was {first}" in said
+
+
+def test_what_an_incremental_publish_reads_no_service_drops(
+    shop: Shop, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"{redis_url}?prefix={tmp_path.name}"
+    publish(shop, url)
+    first = open_store(url).current()
+    publish(shop, url, "--incremental")
+    assert open_store(url).drop_cached(Path("var/cache"), set()) == []
+    assert [path.name for path in Path("var/cache").rglob("*-*") if path.is_dir()] == [first]
+
+
+def test_the_user_table_is_published_shown_and_deleted_by_itself(shop: Shop, url: str) -> None:
+    chosen = ["--bundle", shop.bundle, "--store", url]
+    with pytest.raises(StoreError, match=r"has no user table .* run `ranktower users publish`"):
+        run("users", "show", *chosen)
+    said = run("users", "publish", *chosen, "--log", shop.folder / "log")
+    version = open_store(url).users_version(shop.spec.id)
+    assert f"published the users of {shop.folder / 'log'} to {open_store(url).url}, version {version}" in said
+    assert open_store(url).list() == []
+    shown = run("users", "show", *chosen)
+    assert f"version {version}: 60 users, 0.0 MB, 0:00:0" in shown
+    assert f"of specification {shop.spec.id}" in shown
+    assert run("users", "delete", *chosen) == f"deleted version {version} from {open_store(url).url}"
+    assert open_store(url).users(shop.spec.id) is None
+    assert run("users", "delete", *chosen) == "nothing to delete"
+    assert not list(Path("var/build").glob("release-*"))
 
 
 def test_releases_can_be_listed_switched_and_pruned(shop: Shop, url: str) -> None:
@@ -130,6 +165,42 @@ def test_verify_prints_the_curve_for_cross_attention(tmp_path: Path, monkeypatch
     assert "recall@100 of the ivf-sq8 index against scoring all items, 4 random users of the bundle's probe" in said
 
 
+@pytest.mark.parametrize("recall", [0.94, 0.0, np.nan])
+def test_maxsim_that_does_not_find_enough_is_refused(recall: float) -> None:
+    with pytest.raises(StoreError, match=r"below 0\.95"):
+        check_recall("r1", MAXSIM, recall, 500)
+    check_recall("r1", MAXSIM, 0.95, 500)
+    check_recall("r1", CROSS, recall, 500)
+
+
+NUMBERS = [
+    ("publish", "--bundle", "b", "--items", "i", "--workers", 0),
+    ("publish", "--bundle", "b", "--items", "i", "--workers", -2),
+    ("verify", "--users", 0),
+    ("verify", "--users", -1),
+    ("verify", "--seed", -1),
+    ("verify", "--per-head", -5),
+    ("verify", "--per-head", 0),
+    ("releases", "prune", "--keep", 0),
+]
+
+
+@pytest.mark.parametrize("arguments", NUMBERS, ids=lambda arguments: " ".join(map(str, arguments)))
+def test_numbers_below_the_least_are_refused_by_name(tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--store", f"file://{tmp_path}"])
+    assert result.exit_code == 2
+    assert f"'{arguments[-2]}'" in result.output
+    assert not isinstance(result.exception, StoreError)
+
+
+def test_an_unknown_index_is_refused_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["publish", "--bundle", "b", "--items", "i", "--index", "flot"])
+    assert result.exit_code == 2
+    assert "ivf-sq8" in result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_verify_finds_damage_in_the_store(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     url = f"file://{tmp_path}/store"
@@ -142,15 +213,123 @@ def test_verify_finds_damage_in_the_store(shop: Shop, tmp_path: Path, monkeypatc
         run("verify", "--store", url)
 
 
-def test_a_release_that_could_not_be_stored_can_be_pushed_later(shop: Shop, url: str, tmp_path: Path) -> None:
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "releases").write_text("in the way")
-    with pytest.raises(StoreError):
-        publish(shop, f"file://{blocked}")
+class FailingStore(FileStore):
+    """A store whose disk fails once the release is built."""
+
+    def publish(self, folder: Path, progress: Progress = no_progress) -> str:
+        raise StoreError(f"{self.url}: no space left: free some")
+
+
+def test_a_release_that_could_not_be_stored_can_be_pushed_later(
+    shop: Shop, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(STORES, "file", FailingStore)
+        with pytest.raises(StoreError, match="no space left"):
+            publish(shop, f"file://{tmp_path}/failing")
     (built,) = Path("var/build").glob("*/release")
+    with building_in(Path("var/build")):  # the next publisher leaves it alone
+        assert built.is_dir()
     assert "current, was none" in run("releases", "push", built, "--store", url)
     assert open_store(url).current() == read_release(built).id
+
+
+def test_a_store_or_a_log_that_will_not_do_is_found_before_the_work(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "releases").write_text("in the way")
+    with pytest.raises(StoreError, match="a file is where a folder should be"):
+        publish(shop, f"file://{tmp_path}/blocked")
+    assert not Path("var/build").exists()
+    url = f"file://{tmp_path}/store"
+    with monkeypatch.context() as patch:
+        patch.setattr("cache.embed.build_release", None)  # it is not come to
+        with pytest.raises(DataError, match="nothing"):
+            publish(shop, url, "--users", tmp_path / "nothing")
+    assert not list(Path("var/build").glob("release-*"))
+    assert open_store(url).list() == []
+
+
+BUILD_UNTIL_KILLED = """
+import sys
+from pathlib import Path
+from cache.cli import building_in
+
+with building_in(Path(sys.argv[1])) as folder:
+    (folder / "release").mkdir()
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_publisher_was_building_goes_with_the_next_publish(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BUILD_UNTIL_KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as publisher:
+        assert publisher.stdout is not None
+        folder = Path(publisher.stdout.readline().strip())
+        with building_in(tmp_path):
+            assert folder.is_dir(), "its publisher is alive"
+        publisher.kill()
+    with building_in(tmp_path) as own:
+        assert list(tmp_path.glob("release-*")) == [own]
+    assert not list(tmp_path.glob("release-*"))
+
+
+def test_a_catalogue_that_lost_most_of_its_items_is_warned_of(shop: Shop, url: str, tmp_path: Path) -> None:
+    publish(shop, url)
+    first = open_store(url).current()
+    items = tmp_path / "one.parquet"
+    pq.write_table(pq.read_table(shop.items).slice(0, 1), items)
+    arguments = ["publish", "--bundle", shop.bundle, "--items", items, "--store", url]
+    warning = f"warning: 399 of the 400 items of {first} are gone"
+    planned = run(*arguments, "--dry-run")
+    assert "would publish 1 items, 400 before: 1 to embed, 0 unchanged; nothing was written" in planned
+    assert warning in planned
+    said = run(*arguments)
+    assert "1 items, 400 before (1 embedded), " in said
+    assert warning in said
+    assert "warning" not in publish(shop, url), "a catalogue may grow"
+
+
+def test_a_damaged_release_does_not_hide_the_others(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"file://{tmp_path}/store"
+    publish(shop, url)
+    publish(shop, url, "--no-activate")
+    first, second = (info.id for info in open_store(url).list())
+    (tmp_path / "store" / "releases" / first / RELEASE).write_bytes(bytes(9))
+    listed = run("releases", "list", "--store", url)
+    assert f"{first} damaged current: " in listed
+    assert f"{second} 400" in listed
+    assert "current, was " + first in publish(shop, url)
+
+
+def test_verify_checks_the_user_table_of_the_release_too(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"file://{tmp_path}/store"
+    publish(shop, url)
+    assert "no user table is published for it" in run("releases", "verify", "--store", url)
+    chosen = ["--bundle", shop.bundle, "--store", url]
+    run("users", "publish", *chosen, "--log", shop.folder / "log")
+    version = open_store(url).users_version(shop.spec.id)
+    assert f"user table {version}: all hashes of 60 users are right" in run("releases", "verify", "--store", url)
+    home = tmp_path / "store" / "users" / shop.spec.id
+    content = bytearray((home / str(version) / USER_TABLE).read_bytes())
+    content[5000] ^= 1
+    (home / str(version) / USER_TABLE).write_bytes(content)
+    with pytest.raises(StoreError, match=r"users\.snap .*not as it was written"):
+        run("releases", "verify", "--store", url)
+    (home / "current").write_bytes(bytes(31))
+    with pytest.raises(StoreError, match="publish the users again"):
+        run("releases", "verify", "--store", url)
+    assert run("users", "delete", *chosen).startswith("deleted version unknown")
+    assert open_store(url).users_version(shop.spec.id) is None
 
 
 def test_wrong_items_change_nothing(shop: Shop, url: str, tmp_path: Path) -> None:
@@ -161,7 +340,7 @@ def test_wrong_items_change_nothing(shop: Shop, url: str, tmp_path: Path) -> Non
         run("publish", "--bundle", shop.bundle, "--items", tmp_path / "items.parquet", "--store", url)
     assert open_store(url).current() == before
     assert len(open_store(url).list()) == 1
-    assert not list(Path("var/build").iterdir())
+    assert not list(Path("var/build").glob("release-*"))
 
 
 def test_without_a_current_release_verbs_say_what_to_do(url: str) -> None:

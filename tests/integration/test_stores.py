@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import signal
@@ -280,6 +281,28 @@ def test_damage_in_the_store_is_found_and_mended_by_publishing_again(
     assert verify_release(place.fetch(new)).id == new
 
 
+def test_a_release_whose_manifest_is_damaged_is_listed_as_such_beside_the_others(
+    place: Place, folders: list[Path]
+) -> None:
+    first, second = published(place, folders[2:4])
+    if place.url.startswith("file"):
+        (Path(place.url.removeprefix("file://")) / "releases" / first / RELEASE).write_bytes(b"\0")
+    else:
+        with place.redis() as client:
+            client.hset(f"{{{place.prefix}}}:releases", first, b"\0")
+    damaged, whole = place.open().list()
+    assert (damaged.id, damaged.count, damaged.current) == (first, 0, False)
+    assert damaged.damage is not None
+    assert "manifest cannot be read" in damaged.damage
+    assert (whole.id, whole.count, whole.current, whole.damage) == (second, 50, True, None)
+
+
+def test_checking_a_store_before_the_work_leaves_nothing_in_it(place: Place) -> None:
+    place.open().check_writable()
+    assert place.open().list() == []
+    assert place.leftovers() == 0
+
+
 # --- several publishers, dead publishers -----------------------------------------------------------------------------
 
 
@@ -373,12 +396,16 @@ def test_the_user_table_is_published_replaced_and_deleted(place: Place, tmp_path
     assert Snapshot.open(fetched).lookup(["u3"]).tolist() == [3]
     assert abs(created_at(first).timestamp() - time.time()) < 60
     second = store.publish_users(write_users(tmp_path / "second.snap", seed=1, users=60))
+    table = place.open().users(SPEC_ID)
+    assert table is not None
+    assert (table.id, table.count, table.spec_id) == (second, 60, SPEC_ID)
     assert store.users_version(SPEC_ID) == second != first
     newer = store.fetch_users(SPEC_ID, cache)
     assert newer is not None
     assert len(Snapshot.open(newer)) == 60
     assert not fetched.exists(), "user data that was replaced must not stay"
     assert store.users_version("0" * 16) is None
+    assert store.users("0" * 16) is None
     store.delete_users(SPEC_ID)
     assert place.open().users_version(SPEC_ID) is None
     assert store.fetch_users(SPEC_ID, cache) is None
@@ -419,6 +446,15 @@ def test_a_wrong_url_says_how_to_write_it(url: str) -> None:
         open_store(url)
 
 
+def test_an_unknown_option_of_a_url_names_the_nearest() -> None:
+    with pytest.raises(StoreError, match=r"unknown option 'prefx': did you mean 'prefix'") as caught:
+        open_store("redis://ranker:secret@host/0?prefx=a")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(StoreError, match="use letters"):
+        open_store("redis://host/0?prefix=")
+    assert "socket_timeout=2" in open_store("redis://host/0?prefix=a&socket_timeout=2").url
+
+
 def test_a_file_url_is_relative_or_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[Path]
 ) -> None:
@@ -437,10 +473,41 @@ def test_a_file_store_serves_in_place(tmp_path: Path, folders: list[Path]) -> No
     assert not list(tmp_path.glob("cache-*"))
 
 
+def test_a_file_store_drops_nothing_from_a_cache(tmp_path: Path, folders: list[Path]) -> None:
+    place = Place(f"file://{tmp_path}/store", tmp_path)
+    a, b = published(place, folders[2:4])
+    (tmp_path / "cache" / a).mkdir(parents=True)
+    store = place.open()
+    assert store.drop_cached(tmp_path / "cache", {b}) == []
+    assert (tmp_path / "cache" / a).is_dir()
+    assert verify_release(store.fetch(a, tmp_path / "cache")).id == a
+
+
+def test_a_full_disk_proposes_a_command_as_it_can_be_typed(tmp_path: Path, folders: list[Path]) -> None:
+    def full(stage: str, done: int, total: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StoreError, match="`ranktower releases prune --keep 1`"):
+        FileStore(f"file://{tmp_path}/store").publish(folders[2], full)
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folders: list[Path]) -> None:
     (tmp_path / "store").write_text("a file, not a folder")
-    with pytest.raises(StoreError, match="store"):
-        FileStore(f"file://{tmp_path}/store").publish(folders[2])
+    store = FileStore(f"file://{tmp_path}/store")
+    for attempt in (store.check_writable, lambda: store.publish(folders[2])):
+        with pytest.raises(StoreError, match="store"):
+            attempt()
+
+
+def test_a_damaged_pointer_to_the_users_says_so_and_is_mended_by_publishing(tmp_path: Path) -> None:
+    store = FileStore(f"file://{tmp_path}/store")
+    store.publish_users(write_users(tmp_path / "u.snap"))
+    for content in (b"\0" * 31, b"\xff", b"", b"../../elsewhere"):
+        (tmp_path / "store" / "users" / SPEC_ID / "current").write_bytes(content)
+        for verb in (store.users_version, store.users, lambda spec_id: store.fetch_users(spec_id, tmp_path)):
+            with pytest.raises(StoreError, match=r"current holds .* publish the users again"):
+                verb(SPEC_ID)
+    assert store.publish_users(write_users(tmp_path / "u.snap")) == store.users_version(SPEC_ID)
 
 
 # --- only Redis ------------------------------------------------------------------------------------------------------
@@ -470,6 +537,14 @@ def test_a_full_redis_refuses_the_new_release_and_keeps_the_old(folders: list[Pa
             place.open().publish(folders[1])
         assert place.open().current() == old
         assert verify_release(place.fetch(old)).id == old
+
+
+def test_a_redis_that_must_not_be_written_is_found_before_the_work() -> None:
+    with running_redis() as server:
+        with Redis.from_url(server.url) as admin:
+            admin.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@read")
+        with pytest.raises(StoreError, match="give this user the commands"):
+            RedisStore(f"redis://reader:pw@127.0.0.1:{server.port}/0").check_writable()
 
 
 def test_without_the_right_to_subscribe_wait_still_sees_a_change(folders: list[Path], tmp_path: Path) -> None:
@@ -522,6 +597,35 @@ def test_a_local_copy_that_was_deleted_is_fetched_again(redis_url: str, folders:
     fetched = store.fetch(store.current() or "", tmp_path / "cache")
     shutil.rmtree(fetched)
     assert verify_release(store.fetch(fetched.name, tmp_path / "cache")).id == fetched.name
+
+
+def test_stores_that_share_a_cache_do_not_drop_from_each_other(
+    redis_url: str, folders: list[Path], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    ours, theirs = (RedisStore(f"{redis_url}?prefix={name}") for name in ("ours", "theirs"))
+    copies = []
+    for store in (ours, theirs):
+        names = [store.publish(folder) for folder in folders[2:4]]
+        store.publish_users(write_users(tmp_path / "users.snap"))
+        copies.append([store.fetch(name, cache) for name in names] + [store.fetch_users(SPEC_ID, cache)])
+    ours.delete_users(SPEC_ID)
+    assert ours.fetch_users(SPEC_ID, cache) is None
+    assert ours.drop_cached(cache, {names[1]}) == [names[0]]
+    assert [path.exists() for path in copies[0] if path] == [False, True, False]
+    assert [path.exists() for path in copies[1] if path] == [True, True, True]
+
+
+def test_a_cache_is_found_again_whatever_the_password(folders: list[Path], tmp_path: Path) -> None:
+    with running_redis() as server, Redis.from_url(server.url) as admin:
+        copies = []
+        for password in ("one", "two"):
+            admin.execute_command("ACL", "SETUSER", "reader", "reset", "on", f">{password}", "~*", "&*", "+@all")
+            store = RedisStore(f"redis://reader:{password}@127.0.0.1:{server.port}/0")
+            copies.append(store.fetch(store.publish(folders[2]), tmp_path / "cache"))
+            assert password not in str(copies[-1].relative_to(tmp_path))
+            store.close()
+    assert copies[0] == copies[1]
 
 
 def test_a_cut_download_goes_on_where_it_was(redis_url: str, folders: list[Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -208,6 +209,28 @@ def test_odd_paths_and_headers_are_problems(client: httpx.Client, path: str, hea
     assert response.status_code in (404, 415)
 
 
+def test_a_body_may_say_that_it_is_not_encoded(client: httpx.Client) -> None:
+    headers = {**JSON, "Content-Encoding": "identity"}
+    assert client.post("/v1/rank", content=b'{"candidates":[]}', headers=headers).status_code == 200
+
+
+def test_a_number_is_no_truth_value(client: httpx.Client) -> None:
+    document = problem(client.post("/v1/rank", json={"candidates": [], "user": {"age": True}}), 422)
+    assert document["field"] == "user.age"
+    assert "expected a number, got True" in document["detail"]
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+def test_probes_may_ask_for_the_head_only(client: httpx.Client, path: str) -> None:
+    response = client.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+    assert {*client.post(path).headers["allow"].split(", ")} == {"GET", "HEAD"}
+
+
+def test_the_page_of_the_documentation_has_our_name(client: httpx.Client) -> None:
+    assert "<title>RankTower" in client.get("/docs").text
+
+
 def test_a_method_that_is_not_taken_names_those_that_are(client: httpx.Client) -> None:
     response = client.get("/v1/rank")
     assert response.headers["allow"] == "POST"
@@ -301,17 +324,46 @@ def test_a_service_without_a_release_lives_but_is_not_ready(made: TinyRelease, t
         document = problem(service.http.get("/readyz"), 503)
         assert document["ready"] is False
         assert document["release"] is None
-        problem(service.post("/v1/rank", {"candidates": []}), 503)
+        service.until(lambda standing: standing.contact_s is not None)
+        details = [
+            problem(service.http.get("/readyz"), 503)["detail"],
+            problem(service.post("/v1/rank", {"candidates": []}), 503)["detail"],
+        ]
+        assert details == [f"no release is loaded: {store.url} holds no current release yet"] * 2
+        assert service.http.head("/readyz").status_code == 503
         problem(service.http.get("/v1/release"), 503)
         release = publish(made, store)
         service.until_ready()
         assert service.http.get("/readyz").json()["release"] == release
 
 
+def test_a_service_without_a_release_says_where_it_listens_and_why_it_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.app")
+    with running(FileStore(f"file://{tmp_path}")):
+        pass
+    said = [message for message in caplog.messages if message.startswith("listening on http://")]
+    assert len(said) == 1
+    assert said[0].endswith(f"waiting: file://{tmp_path} holds no current release yet")
+
+
+def test_a_release_without_an_index_is_told_where_retrieval_is_wanted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "service.app")
+    with running_release(tiny_release(tmp_path / "made"), tmp_path / "store", retrieval=True) as service:
+        state = service.http.get("/readyz").json()
+        problem(service.post("/v1/retrieve", {}), 409)
+    assert (state["ready"], state["retrieval"]) == (True, False)
+    assert [message for message in caplog.messages if f"release {state['release']} has no index" in message]
+
+
 def test_readyz_tells_release_kernel_and_store(client: httpx.Client, service: Running) -> None:
     state = client.get("/readyz").json()
     assert state["ready"] is True
     assert state["kernel"] == "numpy"
+    assert state["retrieval"] is True
     assert state["users"]
     assert state["store"]["url"] == service.service.store.url
     assert state["store"]["reachable"] is True

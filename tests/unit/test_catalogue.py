@@ -100,3 +100,11 @@ def test_the_id_column_is_that_of_the_log_unless_named(plain: Shop, tmp_path: Pa
     assert encoded(plain, both)[0] == plain.log.items.ids.tolist()
     with pytest.raises(DataError, match="no column 'ean', which --id-column names"):
         encoded(plain, both, "ean")
+
+
+def test_the_field_of_the_id_is_read_from_the_id_column(plain: Shop) -> None:
+    assert any(field.name == plain.spec.item_id_name for field in plain.spec.item_fields)
+    renamed = plain.write("renamed", pq.read_table(plain.items).rename_columns({"item_id": "sku"}))
+    ids, features = encoded(plain, renamed, "sku")
+    assert ids == plain.log.items.ids.tolist()
+    np.testing.assert_array_equal(features, encode_items(plain.spec, plain.log))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -37,8 +38,16 @@ def test_rank_prints_a_table_without_a_server(
     flags = ["--user-id", "4", "--candidates", "100,101,9", "--explain"]
     assert ranktower(monkeypatch, "rank", "--store", url, *flags) == 0
     printed = capsys.readouterr().out
-    assert "user known" in printed
+    assert printed.splitlines()[0].endswith(", user known")
+    assert "item heads" in printed
     assert "unknown" in printed.splitlines()[-1]
+
+
+def test_rank_shows_heads_only_where_asked_for(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ranktower(monkeypatch, "rank", "--store", url, "--candidates", "100") == 0
+    assert "item heads" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source", ["-", "file"])
@@ -60,6 +69,8 @@ def test_rank_reads_the_body_of_a_request(
         (["--candidates", "1,two"], 'error: candidates[1] is "two"'),
         (["--candidates", str(2**63)], "error: candidates[0] is"),
         ([], "error: there are no candidates"),
+        (["--candidates", ""], "error: there are no candidates"),
+        (["--candidates", " ,"], "error: there are no candidates"),
         (["--json", "/nowhere.json"], "error: /nowhere.json cannot be read"),
         (["--json", "-", "--user-id", "4"], "error: --json is a whole request"),
         (["--json", "-"], "error: the body is empty"),
@@ -80,6 +91,41 @@ def test_a_store_without_a_release_says_how_to_publish(
 ) -> None:
     assert ranktower(monkeypatch, "rank", "--store", f"file://{tmp_path}", "--candidates", "1") == 2
     assert "ranktower publish --store" in capsys.readouterr().err
+
+
+VERBS = [
+    ["publish", "--bundle", "{bundle}", "--items", "items.parquet", "--work", "{file}/work"],
+    ["users", "publish", "--bundle", "{bundle}", "--log", "log", "--work", "{file}/work"],
+    ["verify", "--cache", "{file}"],
+    ["releases", "verify", "--cache", "{file}/cache"],
+]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb[:2]))
+def test_a_file_where_a_folder_should_be_is_one_line(
+    url: str, verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    bundle = Path(url.removeprefix("file://")).parent / "made" / "release" / "bundle"
+    arguments = [part.format(file=file, bundle=bundle) for part in verb]
+    assert ranktower(monkeypatch, *arguments, "--store", url) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {file}")
+    assert said.endswith("a file is where a folder should be: move it away, or name another folder\n")
+    assert said.count("\n") == 1
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object, **options: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "cache"))
+
+    monkeypatch.setattr("cache.cli.tempfile.TemporaryDirectory", refuse)  # root may write anywhere
+    assert ranktower(monkeypatch, "releases", "verify", "--store", url, "--cache", str(tmp_path / "cache")) == 2
+    said = f"error: {tmp_path}/cache: Permission denied: give this user the right to read and write there\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_wrong_setting_ends_serve_before_it_starts(

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cache.snapshot import MAX_ID_BYTES
 from model.datasets import columns as read
 from model.errors import DataError
 
@@ -146,6 +147,10 @@ READERS: dict[str, Reader] = {
         ("unique ids", [4, 7, 4], None, r"row 2 \(from 0\): id 4 stands in row 0 already"),
         ("unique ids", ["b", "a", "a"], None, "row 2 .*: id 'a' stands in row 1 already"),
         ("unique ids", [], pa.int64(), "has no rows"),
+        ("unique ids", ["a", "", "b"], None, r"row 1 .*: id is empty: a text id has 1 to 1,024"),
+        ("unique ids", ["a", "\u00e9" * 513], None, r"row 1 .*: id has 1,026 bytes of UTF-8: a text id has 1 to 1,024"),
+        ("scores", [0.5, 1.5], None, r"row 1 .*: is 1.5: a teacher's score is the probability"),
+        ("scores", [-0.25, 7.0], None, r"row 0 .*: is -0.25 \(and 1 more\): a teacher's score"),
         ("categorical", [1.0, 2.5], None, "row 1 .*: is 2.5: .* use kind numeric"),
         ("categorical", [1.0, float("inf")], None, "row 1 .*: is inf: write null"),
         ("categorical", [["a"], ["b"]], None, r"is list<.*: .* use kind multi"),
@@ -207,3 +212,17 @@ def test_a_missing_column_is_named_with_the_nearest_one(tmp_path: Path) -> None:
         read.open_source(tmp_path / "items.parquet", ["genre"])
     with pytest.raises(DataError, match=r"no column 'price', .*: known are genres, year"):
         read.open_source(tmp_path / "items.parquet", ["price"])
+
+
+def test_ids_may_be_as_long_as_a_snapshot_holds() -> None:
+    assert read.MAX_ID_BYTES == MAX_ID_BYTES
+    ids = ["a" * MAX_ID_BYTES, "\u00e9" * (MAX_ID_BYTES // 2)]
+    assert read.read_unique_ids(source(ids), "x").to_pylist() == ids
+
+
+def test_a_column_that_stands_twice_is_refused_when_the_file_is_opened(tmp_path: Path) -> None:
+    twice = pa.table([pa.array([1]), pa.array([2]), pa.array([3])], names=["x", "y", "x"])
+    pq.write_table(twice, tmp_path / "users.parquet")
+    with pytest.raises(DataError, match=r"users\.parquet has 2 columns 'x': keep or rename one"):
+        read.open_source(tmp_path / "users.parquet", ["x"])
+    assert read.open_source(tmp_path / "users.parquet", ["y"]).column("y").to_pylist() == [2]

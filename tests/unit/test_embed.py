@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 
 from cache import catalogue as catalogue_room
 from cache.embed import build_release, fingerprints, plan_release, run_parallel
-from cache.errors import SnapshotError
+from cache.errors import SnapshotError, StoreError
 from cache.release import BUNDLE, INPUTS, ITEMS, RELEASE, read_release, verify_release
 from cache.snapshot import Snapshot
 from model.bundle import open_bundle, seal_bundle
@@ -24,6 +26,8 @@ from model.errors import RankTowerError
 from model.requests import item_columns
 from tests.catalogues import Shop, open_shop
 from tests.graphs import write_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", params=["int", "string"])
@@ -153,3 +157,18 @@ def test_a_folder_that_is_no_release_is_not_overwritten(plain: Shop, tmp_path: P
     with pytest.raises(RankTowerError, match=RELEASE):
         build_release(plain.bundle, plain.items, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_unknown_index_is_refused_before_anything_is_embedded(plain: Shop, tmp_path: Path) -> None:
+    embedded: list[str] = []
+    with pytest.raises(StoreError, match="no index of kind 'flot': use none, flat, ivf-sq8"):
+        build_release(
+            plain.bundle, plain.items, tmp_path / "out", index="flot", progress=lambda stage, *_: embedded.append(stage)
+        )
+    assert not embedded
+    assert not (tmp_path / "out").exists()
+
+
+def test_checking_the_kind_of_an_index_needs_no_faiss() -> None:
+    script = "import sys; import cache.cli, cache.embed; sys.exit('faiss' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

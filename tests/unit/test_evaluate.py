@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from model.datasets.log import IMPRESSION, TEST, TRAIN, VALID, Log, read_log
+from model.datasets.schema import parse_schema
 from model.errors import DataError
-from model.evaluate import HeldOut, baselines, evaluate_bundle, evaluate_checkpoint, held_out, measure
+from model.evaluate import HeldOut, baselines, check_fit, evaluate_bundle, evaluate_checkpoint, held_out, measure
 from model.export import export_bundle
 from model.metrics import METRICS, gauc, rank
+from model.requests import fit_log_spec
 from model.train import Recipe, train
 from tests.logs import write_tiny_log
 
@@ -111,10 +114,40 @@ def test_a_log_never_seen_can_be_measured(run: Path, tmp_path: Path) -> None:
 
 def test_a_log_with_ids_of_another_type_is_refused(run: Path, tmp_path: Path) -> None:
     other = read_log(write_tiny_log(tmp_path, users=30, string_ids=True))
-    with pytest.raises(
-        DataError, match="has string user ids .* the model was trained on int and int"
-    ):
+    with pytest.raises(DataError, match=r"has string user ids .* the model was trained on int and int"):
         evaluate_checkpoint(run, other)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"user_id"', '"uid"', "user id is column 'uid', .* trained with 'user_id': rename"),
+        ('"item_id"', '"sku"', "item id is column 'sku', the model was trained with 'item_id'"),
+        ('name = "age"', 'name = "size"', "'age' is no user field, the model reads it as a numeric user field"),
+        ('name = "hour"', 'name = "minute"', "'hour' is no context field"),
+        ('name = "price"\nside = "item"', 'name = "price"\nside = "context"', "'price' is no item field"),
+        ('"category"\nside = "item"\nkind = "categorical"', '"category"\nside = "item"\nkind = "numeric"',
+         "'category' is numeric, the model reads it as a categorical item field: declare it so"),
+    ],
+)  # fmt: skip
+def test_a_log_that_the_model_does_not_fit_is_refused(
+    run: Path, log: Log, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    document = (write_tiny_log(tmp_path) / "log.toml").read_text()
+    assert old in document
+    other = replace(log, schema=parse_schema(tomllib.loads(document.replace(old, new)), "log.toml"))
+    with pytest.raises(DataError, match=message):
+        evaluate_checkpoint(run, other)
+
+
+def test_a_log_without_history_and_with_more_fields_fits(log: Log) -> None:
+    known = tuple(field for field in log.schema.fields if field.name != "history")
+    bare = replace(log, schema=replace(log.schema, fields=known))
+    fewer = tuple(field for field in known if field.name not in ("age", "user_id", "item_id"))
+    check_fit(bare, fit_log_spec(log))
+    check_fit(log, fit_log_spec(replace(log, schema=replace(log.schema, fields=fewer))))
+    check_fit(replace(log, schema=replace(log.schema, fields=tuple(f for f in known if f.name != "user_id"))),
+              fit_log_spec(log))  # fmt: skip
 
 
 def test_a_split_without_a_positive_is_refused(log: Log) -> None:

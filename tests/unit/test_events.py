@@ -274,6 +274,16 @@ def test_an_order_may_be_divided_at_places_of_all_users(tmp_path: Path) -> None:
     assert np.bincount(read_log(folder).split).tolist() == [24, 8, 8]
 
 
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("moment", [2**63 - 2, -(2**63)])
+def test_a_moment_that_no_time_can_reach_leaves_a_split_empty(tmp_path: Path, unit: str, moment: int) -> None:
+    columns = f', time = "n", time_unit = "{unit}"'
+    folder = bare(tmp_path, columns, f"valid_from = {moment}, test_from = {moment + 1}")
+    write_events(folder, chain(40))
+    with pytest.raises(DataError, match=r"\[split\]: no event falls into (train|valid)"):
+        read_log(folder)
+
+
 def test_moments_are_in_the_unit_of_the_column(tmp_path: Path) -> None:
     folder = bare(tmp_path, ', time = "n", time_unit = "us"', "valid_from = 24000, test_from = 32000")
     write_events(folder, chain(40) | {"n": [k * 1000 for k in range(40)]})

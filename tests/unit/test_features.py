@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.datasets.columns import Source, read_multi
 from model.errors import FeatureError, SpecError
 from model.features import MISSING, UNKNOWN, FeatureSpec, Field, fit_spec
 
@@ -49,15 +52,16 @@ USER_ROW = st.fixed_dictionaries(
         "user_id": st.none() | st.sampled_from([7, 9, 11, 12, 7.0, 7.5, True]),
         "city": st.none() | st.sampled_from(["Oslo", "Bergen", "", "München", "oslo"]),
         "age": NUMBER,
-        "history": st.none() | st.lists(ITEM_ID, max_size=6),
+        "history": st.none() | st.lists(st.none() | ITEM_ID, max_size=6),
         "hour": st.none() | st.integers(0, 4) | st.just(float("nan")),
     },
 )
+TAGS = st.none() | st.lists(st.none() | st.sampled_from(["a", "b", "c"]), max_size=4)
 ITEM_ROW = st.fixed_dictionaries(
     {},
     optional={
         "item_id": ITEM_ID,
-        "tags": st.none() | st.lists(st.sampled_from(["a", "b", "c"]), max_size=4),
+        "tags": TAGS,
         "price": NUMBER,
     },
 )
@@ -75,6 +79,25 @@ def test_columns_and_rows_are_encoded_alike(
         together = spec.encode(tower, columns, len(rows))  # type: ignore[arg-type]
         width = spec.user_width if tower == "user" else spec.item_width
         np.testing.assert_array_equal(together, np.array(one_by_one, np.int32).reshape(len(rows), width))
+
+
+@settings(max_examples=100)
+@given(st.lists(TAGS, min_size=1, max_size=5))
+def test_lists_of_a_parquet_file_and_of_a_request_are_encoded_alike(
+    spec: FeatureSpec, rows: list[list[str | None] | None]
+) -> None:
+    column = read_multi(Source(Path("items.parquet"), pa.table({"t": pa.array(rows, pa.list_(pa.string()))})), "t")
+    one_by_one = [spec.encode_row("item", {"tags": row}) for row in rows]
+    np.testing.assert_array_equal(spec.encode("item", {"tags": column}, len(rows)), one_by_one)
+
+
+def test_nulls_of_a_list_are_left_out_before_it_is_cut(spec: FeatureSpec) -> None:
+    for tower, name, kept in (("item", "tags", ["b", "a"]), ("user", "history", [-5, 0, 2**62])):
+        full = spec.encode_row(tower, {name: kept})  # type: ignore[arg-type]
+        for value in ([None, None, *kept], [kept[0], None, *kept[1:], None, None]):
+            np.testing.assert_array_equal(spec.encode_row(tower, {name: value}), full)  # type: ignore[arg-type]
+            for column in ([value], [as_object_array(value)]):
+                np.testing.assert_array_equal(spec.encode(tower, {name: column}, 1)[0], full)  # type: ignore[arg-type]
 
 
 def as_object_array(values: list[Any]) -> np.ndarray:
@@ -207,3 +230,11 @@ def test_a_column_of_mixed_types_cannot_be_fitted() -> None:
         fit_spec([FIELDS[1]], {"user": {"city": ["a", 3]}}, user_id_type="int", item_id_type="int")
     with pytest.raises(SpecError, match="use kind numeric"):
         fit_spec([FIELDS[1]], {"user": {"city": [0.5]}}, user_id_type="int", item_id_type="int")
+
+
+def test_a_truth_value_is_no_number_in_a_row_but_is_one_in_a_column(spec: FeatureSpec) -> None:
+    with pytest.raises(FeatureError, match="expected a number, got True: send a number") as caught:
+        spec.encode_row("user", {"age": True})
+    assert caught.value.field == "age"
+    as_numbers = spec.encode("user", {"age": np.array([1.0, 0.0])}, 2)
+    np.testing.assert_array_equal(spec.encode("user", {"age": np.array([True, False])}, 2), as_numbers)

@@ -130,6 +130,13 @@ def test_a_missing_source_is_named(make: Maker) -> None:
         make()
 
 
+def test_a_source_that_is_no_file_is_named(make: Maker) -> None:
+    make.source.unlink()
+    make.source.mkdir()
+    with pytest.raises(DataError, match=r"source.csv cannot be read .*: give a file that can"):
+        make()
+
+
 def test_a_place_below_a_file_cannot_be_written(make: Maker) -> None:
     make.out = make.source / "out"
     with pytest.raises(DataError, match="out cannot be written"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 
 from cache.errors import StoreError
-from cache.index import KINDS, RetrievalIndex, build_index, item_vectors, queries, recall_curve
-from cache.release import INDEX, ITEMS, RELEASE, seal_release
+from cache.index import RetrievalIndex, build_index, item_vectors, queries, recall_curve
+from cache.release import INDEX, ITEMS, RELEASE, IndexKind, index_kind, seal_release
 from cache.snapshot import Snapshot, SnapshotWriter
 from kernel.head import HeadSpec
 from kernel.reference import score, top_k
@@ -171,4 +174,60 @@ def test_an_index_over_other_items_is_refused(tmp_path: Path) -> None:
 def test_unknown_kinds_name_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="none, flat, ivf-sq8"):
         release_of(tmp_path / "release", head_of("maxsim"), "hnsw", count=10)
-    assert KINDS == ("none", "flat", "ivf-sq8")
+    with pytest.raises(StoreError, match="build flat or ivf-sq8"):
+        build_index(
+            release_of(tmp_path / "other", head_of("maxsim"), "flat", count=10), head_of("maxsim"), "none", tmp_path
+        )
+
+
+def test_a_head_without_vectors_has_no_index() -> None:
+    head = head_of("onnx")
+    assert index_kind("none", head) is IndexKind.NONE
+    with pytest.raises(StoreError, match="no vectors to search"):
+        index_kind("flat", head)
+
+
+class Counting:
+    """A FAISS index that notes how many threads its search may use."""
+
+    ntotal, d = 60, 17
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def search(self, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        self.threads.append(faiss.omp_get_max_threads())
+        return np.zeros((len(vectors), count)), np.zeros((len(vectors), count), np.int64)
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, 1), ({"threads": 2}, 2)])
+def test_a_search_in_a_pool_keeps_to_its_threads(tmp_path: Path, given: dict[str, Any], used: int) -> None:
+    head = head_of("maxsim")
+    release_of(tmp_path / "release", head, "flat", count=60)
+    index = RetrievalIndex.open(tmp_path / "release" / INDEX, **given)
+    counting = Counting()
+    index._index = counting
+    user = records(head, "user", np.array([0]), 5)[0]
+
+    def search() -> int:
+        faiss.omp_set_num_threads(5)
+        index.search(user, 5)
+        return int(faiss.omp_get_max_threads())
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(search).result() == 5, "what the thread does else keeps its own number"
+    assert counting.threads == [used]
+
+
+@pytest.mark.parametrize(("users", "items"), [(0, 10), (2, 0)])
+def test_recall_of_nothing_is_no_number(tmp_path: Path, users: int, items: int) -> None:
+    head = head_of("maxsim")
+    release_of(tmp_path / "release", head, "flat", count=10)
+    snapshot = Snapshot.open(tmp_path / "release" / ITEMS)
+    if not items:
+        path = tmp_path / "empty.snap"
+        with SnapshotWriter(path, kind="items", owner=BUNDLE_ID, id_type="int", record_size=head.item_size) as writer:
+            snapshot = writer.finish()
+    index = RetrievalIndex.open(tmp_path / "release" / INDEX)
+    with pytest.raises(StoreError, match=f"recall of {users} users over {items} items"):
+        recall_curve(index, snapshot, head, records(head, "user", np.arange(2), 4)[:users], k=5, per_head=[5])

@@ -77,7 +77,7 @@ def test_each_engine_has_one_door(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_only_settings_reads_the_environment(path: Path) -> None:
     if name(path) != "service/settings.py":
-        assert not re.search(r"\bos\.(environ|getenv)\b", path.read_text())
+        assert not re.search(r"\bos\.(environ|getenv)\b|from os import .*(environ|getenv)", path.read_text())
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
@@ -144,7 +144,8 @@ def test_import_names_are_ours_alone(room: str) -> None:
     assert spec is not None
     assert spec.origin is not None
     assert Path(spec.origin).parent == ROOT / room
-    assert set(packages_distributions().get(room, ["ranktower"])) == {"ranktower"}
+    claimed = set(packages_distributions().get(room, []))  # an editable install claims no top-level names
+    assert claimed <= {"ranktower"}
 
 
 def test_the_serving_path_never_imports_torch() -> None:

@@ -140,6 +140,14 @@ MISTAKES: list[tuple[Change, str]] = [
     (put("lists.gap_s", 0), "gap_s is 0: write a number of seconds above 0"),
     (put("lists.max_impressions", 0), "max_impressions is 0: write a whole number of at least 1"),
     (put("lists.max_impressions", 2.5), "max_impressions is 2.5: write a whole number"),
+    (put("lists.gap_s", float("nan")), "gap_s is nan: write a finite number"),
+    (put("lists.gap_s", float("inf")), "gap_s is inf: write a finite number"),
+    (put("lists.gap_s", 10**400), "gap_s is 10{79}\\.\\.\\.: write a smaller number"),
+    (put("lists.gap_s", 16**5000), "gap_s is too long to show: write a smaller number"),
+    (put("lists.max_impressions", 10**30), "max_impressions is 10+: write a whole number of at most 1,000,000"),
+    (put("split.valid", float("nan")), "valid is nan: write a finite number"),
+    (put("split", {"valid_from": 3, "test_from": 2**63}), "test_from is .*: no column of 64-bit integers reaches it"),
+    (put("split", {"valid_from": -(10**30), "test_from": 3}), "valid_from is -10+: no column of 64-bit integers"),
     (put("lists.gap", 3), r"\[lists\]: unknown key 'gap': did you mean 'gap_s'"),
     (field(kind="categoric"), r"\[\[fields\]\] number 3 \(extra\): kind is 'categoric': did you mean 'categorical'"),
     (field(side="users"), r"\(extra\): side is 'users': did you mean 'user'"),
@@ -147,6 +155,8 @@ MISTAKES: list[tuple[Change, str]] = [
     (field(width=3), r"number 3: unknown key 'width'"),
     (field(vocabulary=[1]), "unknown key 'vocabulary'"),
     (field(dim=0), "dim is 0: write a whole number of at least 1"),
+    (field(dim=2**40), "dim is 1099511627776: write a whole number of at most 4,096"),
+    (field(kind="multi", length=10**20), "length is 10+: write a whole number of at most 4,096"),
     (field(length=3), "a numeric field has length 1, not 3"),
     (field(kind="sequence", side="user"), "the sequence field is named 'history'"),
     (field(name="history", kind="sequence"), "side is 'item': a sequence holds the user's past items"),
@@ -161,6 +171,38 @@ MISTAKES: list[tuple[Change, str]] = [
     (lambda v: v["fields"].pop(1), r"\[\[fields\]\] has none on the item side"),
     (lambda v: v["fields"][0].pop("kind"), "kind is missing"),
 ]
+
+
+ROLES = {  # column of events: what log.toml makes it, and the remedy
+    "click": "a rung of the ladder: it is known after the request only, remove the field",
+    "buy": "a rung of the ladder: it is known",
+    "hidden": "negative feedback: it is known after the request only",
+    "p_buy": "a logged score of the teacher: it is known after the request only",
+    "stage": "the stage: it is known after the request only",
+    "request_id": "the request's id: it never comes again, remove the field",
+    "t": "the time: it never comes again, make a column of its hour or weekday",
+    "n": "the order: it never comes again, make a column",
+    "user_id": "the user's id: use side user",
+    "item_id": "the item's id: use side item",
+}
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_a_column_with_a_role_of_its_own_is_no_context(name: str) -> None:
+    value = document()
+    value["columns"] |= {"stage": "stage", "request": "request_id", "teacher": {"click": "p_click", "buy": "p_buy"}}
+    value["feedback"]["negative"] = ["hidden"]
+    if name == "n":
+        value["columns"]["order"] = value["columns"].pop("time") and "n"
+    value["fields"] = [one | {"name": f"{one['side']}_feature"} for one in value["fields"]]
+    parse_schema(value, "log.toml")
+    value["fields"].append({"name": name, "side": "context", "kind": "categorical"})
+    with pytest.raises(
+        DataError, match=rf"^log.toml: \[\[fields\]\] {name}: side is 'context', but this is {ROLES[name]}"
+    ):
+        parse_schema(value, "log.toml")
+    value["fields"][-1]["side"] = "item"  # a column of items.parquet of the same name is another thing
+    parse_schema(value, "log.toml")
 
 
 @pytest.mark.parametrize(("change", "problem"), MISTAKES, ids=[problem for _, problem in MISTAKES])
@@ -186,7 +228,13 @@ def test_a_log_without_time_cannot_be_split_by_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(b"name = ", "cannot be read as TOML"), (b"\xff\xfe", "cannot be read")]
+    ("content", "problem"),
+    [
+        (b"name = ", "cannot be read as TOML"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"name = " + b"9" * 5000, "cannot be read as TOML .*digits"),
+        (b"name = " + b"[" * 5000, "cannot be read as TOML .*recursion"),
+    ],
 )
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "log.toml").write_bytes(content)
@@ -203,6 +251,7 @@ values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-3, 3)
+    | st.sampled_from([2**63, -(10**30), 10**400])
     | st.floats()
     | st.text(max_size=5)
     | st.sampled_from(["t", "click", "time"]),
@@ -212,7 +261,8 @@ values = st.recursive(
 places = st.sampled_from(
     (
         *("name", "columns", "columns.time", "columns.teacher", "feedback.ladder", "feedback.negative"),
-        *("split", "split.by", "split.valid", "split.valid_from", "lists", "lists.gap_s", "fields"),
+        *("split", "split.by", "split.valid", "split.valid_from", "lists", "lists.gap_s", "lists.max_impressions"),
+        "fields",
     )
 )
 

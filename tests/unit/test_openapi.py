@@ -40,6 +40,10 @@ def test_every_operation_documents_body_answer_and_refusals(document: Any) -> No
         assert ("requestBody" in found[name]) == (operation.body is not None)
 
 
+def test_each_path_has_one_operation(document: Any) -> None:
+    assert {len(operations) for operations in document["paths"].values()} == {1}
+
+
 def test_bodies_are_the_models_of_record(document: Any) -> None:
     properties = document["components"]["schemas"]["RankBody"]["properties"]
     assert set(properties) == set(schema.RankBody.model_fields)

@@ -32,7 +32,9 @@ class Flaky(FileStore):
         self.broken: set[str] = set()
         self.fetched: list[str] = []
         self.surprises: list[Exception] = []
-        self.users: Path | None = None  # the table to hand out instead of the right one
+        self.users_asked = 0
+        self.kept: list[set[str]] = []  # what local copies may stay, each time some are dropped
+        self.wrong_users: Path | None = None  # the table to hand out instead of the right one
 
     def _may(self, verb: str) -> None:
         if verb in self.broken:
@@ -50,8 +52,13 @@ class Flaky(FileStore):
         return super().fetch(release_id, *arguments)
 
     def fetch_users(self, *arguments: Any) -> Path | None:
+        self.users_asked += 1
         self._may("fetch_users")
-        return self.users or super().fetch_users(*arguments)
+        return self.wrong_users or super().fetch_users(*arguments)
+
+    def drop_cached(self, cache_dir: Path, keep: set[str]) -> list[str]:
+        self.kept.append(keep)
+        return super().drop_cached(cache_dir, keep)
 
 
 @pytest.fixture
@@ -90,7 +97,7 @@ def serves(release: str) -> Callable[[Any], bool]:
 def test_nothing_is_served_before_the_first_release(store: Flaky, tmp_path: Path) -> None:
     subject = refresher(store, tmp_path)
     subject.take_over(None)
-    with pytest.raises(NotReady, match="holds no current release yet"):
+    with pytest.raises(NotReady, match="has not answered yet"):
         subject.ranker()
 
 
@@ -171,7 +178,7 @@ def test_a_release_that_does_not_hold_is_never_served(store: Flaky, tmp_path: Pa
     if damage == "users":
         store.publish_users(second.users)
         other = write_users(tmp_path / "x.snap", tiny_spec(items=5), second.user_ids, second.item_ids)
-        store.users = other
+        store.wrong_users = other
     with pytest.raises(Exception, match=r"bundle|integers|user table"):
         subject.take_over(name)
     assert subject.ranker().release == first
@@ -219,10 +226,79 @@ def test_a_store_that_lost_everything_changes_nothing(store: Flaky, tmp_path: Pa
 def test_only_the_serving_release_and_the_one_before_stay_in_the_cache(store: Flaky, tmp_path: Path) -> None:
     subject = refresher(store, tmp_path)
     for seed in range(3):
-        release = publish(tiny_release(tmp_path / str(seed), seed=seed), store)
-        (tmp_path / "cache" / release).mkdir(parents=True)
-        subject.take_over(release)
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(store.fetched[1:])
+        subject.take_over(publish(tiny_release(tmp_path / str(seed), seed=seed), store))
+    first, second, third = store.fetched
+    assert store.kept == [{first}, {first, second}, {second, third}]
+
+
+def test_what_others_keep_in_the_cache_stays(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    theirs = tmp_path / "cache" / "20260101T000000000-0123456789ab"
+    theirs.mkdir(parents=True)
+    subject.take_over(publish(tiny_release(tmp_path / "made"), store))
+    assert theirs.is_dir()
+
+
+def test_a_user_table_that_is_refused_is_tried_again_later(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("service.refresh.monotonic", lambda: now_s[0])
+    subject = refresher(store, tmp_path)
+    made = tiny_release(tmp_path / "made")
+    release = publish(made, store, users=False)
+    subject.take_over(release)
+    version, store.users_asked = store.publish_users(made.users), 0
+    store.broken.add("fetch_users")
+    for _ in range(3):
+        subject._try(release)  # as its thread does, each second
+    assert (store.users_asked, subject.standing.failures) == (1, 1)
+    assert "fetch_users fails" in (subject.standing.failure or "")
+    now_s[0] += refresh.FIRST_PAUSE_S
+    for _ in range(3):
+        subject._try(release)
+    assert (store.users_asked, subject.standing.failures) == (2, 2)
+    store.broken.clear()
+    now_s[0] += 2 * refresh.FIRST_PAUSE_S
+    subject._try(release)
+    assert subject.standing.users == version
+    assert subject.standing.failure is None
+
+
+def test_another_user_table_is_tried_at_once(store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.refresh.monotonic", lambda: 100.0)
+    subject = refresher(store, tmp_path)
+    made = tiny_release(tmp_path / "made")
+    release = publish(made, store, users=False)
+    subject.take_over(release)
+    store.publish_users(made.users)
+    store.broken.add("fetch_users")
+    subject._try(release)
+    store.broken.clear()
+    mended = store.publish_users(made.users)
+    subject._try(release)
+    assert subject.standing.users == mended
+
+
+def test_a_refused_user_table_does_not_put_off_a_refused_release(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("service.refresh.monotonic", lambda: now_s[0])
+    subject = refresher(store, tmp_path)
+    made = tiny_release(tmp_path / "made")
+    subject.take_over(publish(made, store, users=False))
+    second = publish(tiny_release(tmp_path / "2", seed=2), store, users=False)
+    store.broken |= {"fetch", "fetch_users"}
+    subject._try(second)
+    store.publish_users(made.users)
+    now_s[0] += 0.9 * refresh.FIRST_PAUSE_S
+    subject._try(second)  # only the users are tried
+    assert subject.standing.failures == 2
+    store.broken.clear()
+    now_s[0] += 0.1 * refresh.FIRST_PAUSE_S
+    subject._try(second)
+    assert subject.ranker().release == second
 
 
 def test_a_refused_release_is_tried_again_later_and_another_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,16 @@ def test_a_cache_forgets_releases_and_nothing_else(tmp_path: Path, folder: Path)
     for name in (kept, dropped, "users", "something"):
         (tmp_path / "cache" / name).mkdir(parents=True)
     assert drop_cached(tmp_path / "cache", {kept}) == [dropped]
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [kept, "something", "users"]
+    folders = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert folders == [kept, "something", "users"]
+
+
+def test_a_cache_leaves_a_release_that_another_process_is_at(tmp_path: Path) -> None:
+    name = "20260101T000000000-0123456789ab"
+    (tmp_path / name).mkdir()
+    with locked(tmp_path / f".{name}.lock"):
+        assert drop_cached(tmp_path, set()) == []
+    assert drop_cached(tmp_path, set()) == [name]
 
 
 def test_a_cache_forgets_cut_downloads_that_nobody_goes_on_with(tmp_path: Path) -> None:
@@ -131,5 +140,5 @@ def test_a_cache_forgets_cut_downloads_that_nobody_goes_on_with(tmp_path: Path) 
     for name in (cut, running, kept):
         (tmp_path / f".{name}.partial" / "bundle").mkdir(parents=True)
     with locked(tmp_path / f".{running}.lock"):
-        assert drop_cached(tmp_path, {kept}) == []
+        assert drop_cached(tmp_path, {kept}) == [cut]
     assert sorted(path.name for path in tmp_path.glob("*.partial")) == [f".{running}.partial", f".{kept}.partial"]

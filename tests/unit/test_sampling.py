@@ -136,6 +136,16 @@ def test_factors_bring_together_what_the_same_users_take() -> None:
     assert within > 10 * abs(similarity[:10, 10:].mean())
 
 
+def test_factors_of_few_items_are_the_same_every_time() -> None:
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 45, 120), rng.integers(0, 29, 120)  # 29 items taken of 40, and 32 factors
+    first, *others = (item_factors(user, item, 40) for _ in range(3))
+    assert first[:29].any()
+    assert not first[29:].any()
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
 def test_retrieval_learns_from_training_alone(log: Log) -> None:
     later = log.split != TRAIN
     shuffled = replace(log, item=np.where(later, np.roll(log.item, 7), log.item))
@@ -188,6 +198,44 @@ def test_logged_stages_switch_simulation_off(staged: Log) -> None:
         row, place = np.nonzero(lists.mask)
         assert set(np.unique(lists.stage).tolist()) >= {IMPRESSION, CANDIDATE, RANDOM}
         assert set(zip(requests.user[row].tolist(), lists.item[row, place].tolist(), strict=True)) <= logged
+
+
+def test_an_unshown_row_that_its_user_takes_is_no_logged_negative(staged: Log) -> None:
+    """As a drawn one: takes in training for training lists, ever for evaluation lists."""
+    took_in_training = pairs_taken(staged, (staged.grade > 0) & (staged.split == TRAIN))
+    ever = pairs_taken(staged, staged.grade > 0)
+    data = training_set(staged)
+    drawn = Sampler().draw(data, np.arange(len(data)), np.random.default_rng(0))
+    for requests, lists, taken, split in (
+        (data.requests, drawn, took_in_training, TRAIN),
+        (*evaluation_lists(staged, TEST), ever, TEST),
+    ):
+        row, place = np.nonzero((lists.stage != IMPRESSION) & lists.mask & (lists.grade == 0))
+        unshown = set(zip(requests.user[row].tolist(), lists.item[row, place].tolist(), strict=True))
+        logged = pairs_taken(staged, (staged.split == split) & (staged.stage != IMPRESSION))
+        assert logged & taken  # the log holds some
+        assert len(unshown) > 100
+        assert not unshown & taken
+    assert pairs_taken(staged, staged.stage == IMPRESSION) & took_in_training  # shown ones stay, whatever came later
+
+
+def test_a_label_of_a_later_split_leaves_training_lists_unchanged(staged: Log) -> None:
+    later = (staged.split != TRAIN) & (staged.stage == IMPRESSION)
+    flipped = replace(staged, grade=np.where(later, 3 - staged.grade, staged.grade).astype(np.int8))
+    assert training_set(staged).logged.digest == training_set(flipped).logged.digest
+
+
+def test_an_evaluation_request_of_which_nothing_is_left_is_left_out(staged: Log) -> None:
+    requests = requests_of(staged, TEST)
+    first, end = int(requests.first[0]), int(requests.end[0])
+    stage, grade, user, item = (getattr(staged, name).copy() for name in ("stage", "grade", "user", "item"))
+    stage[first:end], grade[first:end] = CANDIDATE, 0
+    other = np.flatnonzero(staged.split == TRAIN)[: end - first]
+    user[other], item[other], grade[other] = user[first], item[first:end], 1  # all of it is taken elsewhere
+    changed = replace(staged, stage=stage, grade=grade, user=user, item=item)
+    kept, lists = evaluation_lists(changed, TEST)
+    assert len(kept) == len(lists) == len(requests) - 1
+    assert lists.mask.any(axis=1).all()
 
 
 @pytest.mark.parametrize(("name", "absent"), [("without-random", RANDOM), ("without-candidates", CANDIDATE)])

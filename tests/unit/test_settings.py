@@ -12,7 +12,7 @@ import pytest
 
 from service.cli import serve
 from service.errors import SettingsError
-from service.settings import PREFIX, Settings, load_settings
+from service.settings import PREFIX, Settings, load_settings, unknown_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +54,16 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="RANKTOWER_INLINE_MS is 'soon'") as caught:
         load_settings()
     assert caught.value.field == "inline_ms"
+
+
+def test_variables_that_are_no_settings_are_named_with_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKTOWER_MAX_QUEU", "3")
+    monkeypatch.setenv("RANKTOWER_XYZZY", "3")
+    monkeypatch.setenv("RANKTOWER_PORT", "9001")
+    assert unknown_variables() == [
+        ("RANKTOWER_MAX_QUEU", "did you mean RANKTOWER_MAX_QUEUE?"),
+        ("RANKTOWER_XYZZY", "see ranktower serve --help"),
+    ]
 
 
 def test_workers_read_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:

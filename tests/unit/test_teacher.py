@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,31 @@ def test_features_do_not_look_at_the_label_of_their_own_request_or_later(log: Lo
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+@pytest.mark.parametrize("by", ["time", "order", "hash"])
+def test_labels_of_later_splits_change_nothing_of_training(tmp_path: Path, by: str) -> None:
+    """In a split by order or hash, another user's validation event can lie before a training event."""
+    folder = write_tiny_log(tmp_path, users=80, items=40, days=6)
+    document = (folder / "log.toml").read_text()
+    document = document.replace("max_impressions = 50", "max_impressions = 5").replace(
+        '"time"\nvalid', f'"{by}"\nvalid'
+    )
+    (folder / "log.toml").write_text(document)
+    log = read_log(folder)
+    assert log.schema.split.by == by
+    spec, rows = fit_log_spec(log), training_impressions(log)
+    later = np.flatnonzero(log.split != TRAIN)
+    order = np.arange(len(log))
+    order[later] = np.random.default_rng(0).permutation(later)
+    shuffled = replace(log, feedback=log.feedback[order], grade=log.grade[order])
+    assert (shuffled.grade != log.grade).any()
+    names, before = cross_features(log, spec, rows)
+    _, after = cross_features(shuffled, fit_log_spec(shuffled), rows)
+    for name, a, b in zip(names, before.T, after.T, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    soft = [fit_teacher(each, fit_log_spec(each), rounds=10).soft[rows] for each in (log, shuffled)]
+    np.testing.assert_array_equal(*soft)
+
+
 def test_features_cross_user_and_item(log: Log) -> None:
     rows = training_impressions(log)
     names, features = cross_features(log, fit_log_spec(log), rows)
@@ -127,3 +153,9 @@ def test_a_rung_that_never_happens_is_no_disguise(log: Log) -> None:
     teacher = fit_teacher(replace(log, feedback=feedback), fit_log_spec(log))
     assert np.isnan(teacher.auc["buy"])
     assert "buy" not in teacher.to_json()["auc"]  # type: ignore[operator]
+
+
+def test_fewer_users_than_folds_are_refused_with_a_remedy(log: Log) -> None:
+    alone = replace(log, user=np.zeros_like(log.user))
+    with pytest.raises(TrainError, match="have 1 user: log at least 2 users, or train without it"):
+        fit_teacher(alone, fit_log_spec(alone))

@@ -38,6 +38,12 @@ def test_only_the_newest_release_is_marked_as_serving() -> None:
     assert "ranktower_staleness_seconds 1.5" in text
 
 
+def test_no_series_tells_when_another_was_created() -> None:
+    telemetry = Telemetry()
+    telemetry.observe_stages(StageClock())
+    assert "_created" not in telemetry.render(None).decode()
+
+
 def test_every_metric_is_documented() -> None:
     documentation = (ROOT / "docs" / "api.md").read_text()
     names = [family.name for family in Telemetry().registry.collect()]

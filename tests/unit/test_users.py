@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cache.snapshot import Snapshot
@@ -50,6 +52,36 @@ def test_users_of_another_id_type_are_refused(shop: Shop, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="the bundle was trained with"):
         build_user_table(shop.spec, other, tmp_path / "u.snap")
     assert not (tmp_path / "u.snap").exists()
+
+
+def users_log(shop: Shop, folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of the shop's log, some text of its log.toml replaced."""
+    copied = shutil.copytree(shop.folder / "log", folder)
+    text = (copied / "log.toml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (copied / "log.toml").write_text(text)
+    return copied
+
+
+def test_users_of_a_log_with_another_id_column_are_refused(shop: Shop, tmp_path: Path) -> None:
+    other = users_log(shop, tmp_path / "other", ("user_id", "member"))
+    for name in ("users", "events"):
+        table = pq.read_table(other / f"{name}.parquet")
+        pq.write_table(table.rename_columns({"user_id": "member"}), other / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"'member', the bundle was trained with 'user_id': publish the users of"):
+        build_user_table(shop.spec, other, tmp_path / "u.snap")
+    assert not (tmp_path / "u.snap").exists()
+
+
+def test_users_without_a_column_that_the_bundle_reads_are_refused(shop: Shop, tmp_path: Path) -> None:
+    wanted = next(f for f in shop.spec.fields if f.side == "user" and f.name not in ("user_id", HISTORY))
+    other = users_log(shop, tmp_path / "other", (f'name = "{wanted.name}"', 'name = "other"'))
+    table = pq.read_table(other / "users.parquet")
+    pq.write_table(table.rename_columns({wanted.name: "other"}), other / "users.parquet")
+    with pytest.raises(DataError, match=f"no field '{wanted.name}' of the users, which the bundle reads: publish the"):
+        build_user_table(shop.spec, other, tmp_path / "u.snap")
 
 
 def test_samples_come_from_the_table_else_from_requests_else_from_the_probe(shop: Shop, tmp_path: Path) -> None:

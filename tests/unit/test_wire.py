@@ -180,7 +180,13 @@ def test_the_requests_have_the_fields_of_the_record() -> None:
             'candidates[1] is "a": expected int',
             "integers within int64",
         ),
-        ("rank", b'{"candidates":[1,99999999999999999999]}', "candidates[1]", "is 1e+20", "integers within int64"),
+        (
+            "rank",
+            b'{"candidates":[1,99999999999999999999]}',
+            "candidates[1]",
+            "is 99999999999999999999:",
+            "integers within int64",
+        ),
         ("rank", b"{}", "candidates", "candidates is absent", "a list of item ids"),
         ("rank", b'{"candidates":[],"candidats":[]}', "candidats", "is not a field", "did you mean candidates?"),
         ("rank", b'{"candidates":[],"per_head":1}', "per_head", "is not a field", "use one of: candidates, context"),
@@ -202,6 +208,18 @@ def test_the_requests_have_the_fields_of_the_record() -> None:
         ("batch", b'{"requests":[{"candidates":["x"]}]}', "requests[0].candidates[0]", '"x"', "integers within int64"),
         ("batch", b'{"request":[]}', "request", "is not a field", "did you mean requests?"),
         ("batch", b'{"requests":[{"user":{}}]}', "requests[0].candidates", "is absent", "a list of item ids"),
+        ("rank", b'{"candidates":[],"user":{"a":1,"b":1e999}}', "user.b", "out of range", "a finite number"),
+        (
+            "rank",
+            b'{"candidates":[],"user":{"b":1' + b"0" * 40 + b"}}",
+            "user.b",
+            "user.b is 100000",
+            "a finite number",
+        ),
+        ("rank", b'{"candidates":[],"user":{"b":-1' + b"0" * 9_000 + b"}}", "user.b", "", "a finite number"),
+        ("rank", b'{"candidates":[],"context":{"b":[1,-1e999]}}', "context.b[1]", "out of range", "a finite number"),
+        ("batch", b'{"requests":[{"candidates":[],"user":{"b":1e999}}]}', "requests[0].user.b", "", "a finite number"),
+        ("rank", b'{"candidates":[],"user":{"\\ud800aaaa":1e999},"top_k":1}', None, "half a character", "whole"),
         ("retrieve", b'{"candidates":[1]}', "candidates", "is not a field", "use one of"),
         ("rank", b'{"candidates":[], "x - at `$.a[99999999999999999999]":1}', None, "", "send"),
     ],
@@ -223,6 +241,20 @@ def test_a_body_that_is_no_json_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedBody) as caught:
         decoders("int", "int").rank(body)
     assert "JSON" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "half"), [("\\ud800", "\\ud800"), ("\\ud83d\\ude00 \\uDE00", "\\uDE00"), ("\\ud800abcdefgh", "\\ud800")]
+)
+def test_half_a_character_is_named(text: str, half: str) -> None:
+    with pytest.raises(MalformedBody) as caught:
+        decoders("int", "string").rank(f'{{"candidates":["{text}"]}}'.encode())
+    assert f"the lone surrogate {half}" in caught.value.detail
+
+
+def test_a_body_that_is_cut_within_a_character_was_cut() -> None:
+    with pytest.raises(MalformedBody, match="truncated"):
+        decoders("int", "string").rank(b'{"candidates":["\\ud83d')
 
 
 LONG = "x" * 100_000

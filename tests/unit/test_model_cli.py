@@ -1,0 +1,59 @@
+"""The verbs between raw logs and a bundle: what they refuse, what they say, and that their help is complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from model.cli import LOSS_NAMES, NETWORK_NAMES, app, progress_bars
+from model.losses import LOSSES
+from model.networks import NETWORKS
+from tests.logs import write_tiny_log
+
+
+def ranktower(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_the_help_of_train_names_every_network_and_loss() -> None:
+    assert set(NETWORK_NAMES.split(", ")) == set(NETWORKS)
+    assert set(LOSS_NAMES.split(", ")) == set(LOSSES)
+
+
+def test_a_folder_is_not_converted_from_another_one(tmp_path: Path) -> None:
+    log = write_tiny_log(tmp_path / "log", users=20, items=20)
+    said = ranktower("data", log, "--from", tmp_path / "other", "--out", tmp_path / "out")
+    assert said.exit_code == 2
+    assert "goes with a named data set (kuairand, movielens)" in said.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [("--k", 0), ("--k", -3), ("--size", 0), ("--size", 1)])
+def test_cut_offs_and_sizes_that_measure_nothing_are_refused(tmp_path: Path, flags: tuple[str, int]) -> None:
+    said = ranktower("evaluate", "--log", tmp_path, "--checkpoint", tmp_path, *flags)
+    assert said.exit_code == 2
+    assert f"Invalid value for '{flags[0]}'" in said.stderr
+
+
+def test_off_a_terminal_an_epoch_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bars() as show:
+        for what in ("teacher", "epoch 1", "epoch 2"):
+            for done in (0, 1, 1200):
+                show(what, done, 1200)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert [line.partition(" in ")[0] for line in lines] == ["epoch 1: 1,200 steps", "epoch 2: 1,200 steps"]
+
+
+def test_a_size_below_the_logged_lists_is_said(tmp_path: Path) -> None:
+    log = write_tiny_log(tmp_path / "log", users=20, items=30)
+    small = [f"--set={setting}" for setting in ("dim=8", "hidden=8", "user_heads=1", "item_heads=1", "teacher=false")]
+    trained = ranktower("train", "--log", log, "--out", tmp_path / "run", "--epochs", 1, "--loss", "softmax", *small)
+    assert trained.exit_code == 0, trained.output
+    assert trained.stderr.count("epoch 1: ") == 1
+    asked = ("evaluate", "--log", log, "--checkpoint", tmp_path / "run", "--size")
+    assert "--size 4 is below the longest list of logged rows: lists hold up to 8 items" in ranktower(*asked, 4).stdout
+    assert "is below" not in ranktower(*asked, 20).stdout

@@ -64,7 +64,7 @@ up: ## 8. the same in containers: redis, publisher, service
 	docker compose up --build
 
 test: $(VENV)/.setup-dev ## every test
-	$(BIN)/python -m pytest -n auto $(EXTRA)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(EXTRA)
 
 check: $(VENV)/.setup-dev ## formatting, lints, types, layout
 	$(BIN)/ruff format --check .

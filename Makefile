@@ -5,6 +5,7 @@ DATA   ?= movielens
 STORE  ?= file://./var/releases
 PORT   ?= 8080
 EXTRA  ?=
+SIZE   ?= full
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -12,10 +13,10 @@ PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up test check verify openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-peers bench-plots test check verify openapi clean
 
 help: ## print these verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  DATA=movielens | a folder of KuaiRand or of your own log (docs/data.md); STORE=$(STORE); PORT=$(PORT)'
 
 $(BIN)/python:
@@ -62,6 +63,27 @@ load: $(VENV)/.setup ## 7. run a Locust load test against a service of its own o
 
 up: ## 8. the same in containers: redis, publisher, service
 	docker compose up --build
+
+bench-service: $(VENV)/.setup-dev ## the whole service over HTTP beside its rivals; SIZE=tiny to try it
+	$(BIN)/python -m benchmarks.service --size $(SIZE) $(EXTRA)
+
+bench-memory: $(VENV)/.setup-dev ## bytes an item on disk, and the memory of 1, 2 and 4 workers
+	$(BIN)/python -m benchmarks.memory --size $(SIZE) $(EXTRA)
+
+bench-encode: $(VENV)/.setup-dev ## microseconds from a user's fields to the input of the user tower
+	$(BIN)/python -m benchmarks.encode $(EXTRA)
+
+PEERS := var/bench/peers
+
+$(PEERS)/feast/.setup:
+	$(PYTHON) -m venv $(PEERS)/feast
+	$(PEERS)/feast/bin/pip --disable-pip-version-check install 'feast[redis]==0.67.0'
+	@touch $@
+
+bench-peers: $(PEERS)/feast/.setup ## Feast for bench-service, in an environment of its own
+
+bench-plots: $(VENV)/.setup-dev ## write the tables and plots of docs/performance.md from what was measured
+	$(BIN)/python -m benchmarks.plots --size $(SIZE) $(EXTRA)
 
 test: $(VENV)/.setup-dev ## every test
 	$(BIN)/python -m pytest -n auto --dist worksteal $(EXTRA)

@@ -19,6 +19,7 @@ from model.errors import DataError, FeatureError
 from model.features import Column, FeatureSpec
 
 BLOCK_ROWS = 32_768  # items in memory at a time
+SAMPLED_GROUPS = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,23 @@ class Catalogue:
                 ids = as_objects(self.ids.slice(start, len(block)))
                 yield ids, self._encode(columns, len(block))
                 start += len(block)
+
+    def sample(self, count: int, seed: int) -> NDArray[np.int32]:
+        """Encoded features (m, item width) of about `count` random items, from at most 16 row groups."""
+        rng = np.random.default_rng(seed)
+        fields = self.spec.item_fields
+        columns_of = {field.name: column_of(field.name, self.spec, self.id_column) for field in fields}
+        parts = []
+        with pq.ParquetFile(self.path) as file:
+            groups = np.sort(rng.permutation(file.num_row_groups)[:SAMPLED_GROUPS]).tolist()
+            starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))])
+            for group in groups:
+                table = file.read_row_group(group, list(dict.fromkeys(columns_of.values())))
+                rows = np.sort(rng.permutation(table.num_rows)[: -(-count // len(groups))])
+                named = pa.table({name: table[column].take(rows) for name, column in columns_of.items()})
+                block = _Block(self.path, named, int(starts[group]))
+                parts.append(self._encode({field.name: read_field(block, field) for field in fields}, len(rows)))
+        return np.concatenate([np.empty((0, self.spec.item_width), np.int32), *parts])[:count]
 
     def _encode(self, columns: dict[str, Column], count: int) -> NDArray[np.int32]:
         try:

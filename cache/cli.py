@@ -20,7 +20,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from cache.durable import locked, locked_now
 from cache.errors import StoreError
-from cache.release import BUNDLE, INDEX, ITEMS, USER_TABLE, IndexKind, Release, created_at, read_release, utc_now
+from cache.release import (
+    BUNDLE,
+    INDEX,
+    ITEMS,
+    USER_TABLE,
+    DtypeChoice,
+    IndexKind,
+    Release,
+    created_at,
+    read_release,
+    utc_now,
+)
 from cache.release import Progress as Report
 from cache.snapshot import Snapshot
 from cache.store import ReleaseInfo, ReleaseStore, open_store
@@ -55,6 +66,9 @@ def publish(
     items: Annotated[Path, typer.Option(help="Parquet file with the id and the features of every item.")],
     store: StoreUrl = DEFAULT_STORE,
     index: Annotated[IndexKind, typer.Option(help="Index for requests without candidates.")] = IndexKind.NONE,
+    dtype: Annotated[
+        DtypeChoice, typer.Option(help="Of the records; auto takes the smallest that keeps 99 % of the top 100.")
+    ] = DtypeChoice.AUTO,
     log: Annotated[Path | None, typer.Option("--users", help="Log folder whose users to publish, too.")] = None,
     activate: Annotated[bool, typer.Option(help="Make the release the current one.")] = True,
     incremental: Annotated[bool, typer.Option(help="Embed only what changed since the current release.")] = False,
@@ -74,7 +88,10 @@ def publish(
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
         if dry_run:
-            plan = plan_release(bundle, items, previous=previous, id_column=id_column, progress=report)
+            table = _published_users(target, bundle, cache)
+            plan = plan_release(
+                bundle, items, dtype=dtype, users=table, previous=previous, id_column=id_column, progress=report
+            )
             _print_plan(plan, before, compared=previous is not None)
             return
         target.check_writable()
@@ -85,6 +102,8 @@ def publish(
                 items,
                 folder / "release",
                 index=index,
+                dtype=dtype,
+                users=table or _published_users(target, bundle, cache),
                 previous=previous,
                 id_column=id_column,
                 workers=workers,
@@ -245,6 +264,10 @@ class Sent:
             f"published {release.id} to {store}: {release.count:,} items{_than(before)} ({counts}), {size}; "
             f"{speed}storing {self.seconds:.1f} s; {state}"
         )
+        if (precision := made.get("precision")) and precision["costs"]:
+            from cache.precision import Precision
+
+            console.print(Precision.from_json(precision).tell())
         _warn_if_shrunk(release.count, made.get("removed", 0), before)
 
 
@@ -295,6 +318,11 @@ def _user_table(bundle: Path, log: Path, folder: Path, report: Report) -> Path:
     from model.bundle import open_bundle
 
     return build_user_table(open_bundle(bundle).spec, log, folder / USER_TABLE, report)
+
+
+def _published_users(store: ReleaseStore, bundle: Path, cache: Path) -> Path | None:
+    """The user table that the store has already: real users to measure with."""
+    return store.fetch_users(_spec_id(bundle), cache / "publish")
 
 
 def _spec_id(bundle: Path) -> str:

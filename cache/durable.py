@@ -34,14 +34,26 @@ def rename_durably(source: Path, target: Path) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Replace a small file in one step: a reader sees the old content or the new, also after a crash."""
+    with _replacing(path, content) as written:
+        sync_path(written)
+        rename_durably(written, path)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """The same for what need not outlive a crash of the machine, and so need not wait for the disk."""
+    with _replacing(path, content) as written:
+        os.replace(written, path)
+
+
+@contextmanager
+def _replacing(path: Path, content: bytes) -> Iterator[Path]:
+    """A file beside `path` with that content, to rename over it; gone where that fails."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
         os.chmod(name, 0o644)
-        rename_durably(Path(name), path)
+        yield Path(name)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -65,3 +77,27 @@ def locked_now(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder itself, which needs no file that somebody could clear away; waits for its holder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process alive holds it. Those who ask do not see each other."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(handle)

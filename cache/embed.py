@@ -11,8 +11,10 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 
 from cache.catalogue import Catalogue, open_catalogue
 from cache.errors import StoreError
+from cache.precision import choose_precision
 from cache.release import (
     BUNDLE,
     INDEX,
@@ -35,6 +38,7 @@ from cache.release import (
     seal_release,
 )
 from cache.snapshot import Snapshot, SnapshotWriter
+from kernel.record import Dtype, RecordLayout
 from kernel.reference import mix
 from model.bundle import FILES, Bundle, open_bundle
 from model.folders import replacing_folder
@@ -58,7 +62,7 @@ def fingerprints(features: NDArray[np.int32]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Previous:
-    """Records of an earlier release of the same bundle, with the fingerprints of what they were made from."""
+    """Packed records of an earlier release of the same bundle and dtype, with the fingerprints of what made them."""
 
     items: Snapshot
     prints: NDArray[np.uint64]  # (n,) in the order of the snapshot
@@ -71,8 +75,8 @@ class Previous:
         return rows, len(known)
 
 
-def open_previous(folder: Path | None, bundle_id: str) -> Previous | None:
-    """What can be used again of a release folder: nothing when it is of another bundle."""
+def open_previous(folder: Path | None, bundle_id: str, dtype: Dtype) -> Previous | None:
+    """What can be used again of a release folder: nothing when it is of another bundle or dtype."""
     if folder is None:
         return None
     release = read_release(folder)
@@ -86,7 +90,11 @@ def open_previous(folder: Path | None, bundle_id: str) -> Previous | None:
         raise StoreError(
             f"{folder / INPUTS} holds {len(prints)} of {release.count} fingerprints: publish without --incremental"
         )
-    return Previous(Snapshot.open(folder / ITEMS), prints)
+    items = Snapshot.open(folder / ITEMS)
+    if items.dtype != dtype:
+        log.info("release %s holds %s records, not %s: embedding everything", release.id, items.dtype, dtype)
+        return None
+    return Previous(items, prints)
 
 
 # --- releases --------------------------------------------------------------------------------------------------------
@@ -132,14 +140,17 @@ def plan_release(
     bundle: Path,
     items: Path,
     *,
+    dtype: str = "f32",
+    users: Path | None = None,
     previous: Path | None = None,
     id_column: str | None = None,
     progress: Progress = no_progress,
 ) -> Counts:
-    """What `build_release` would embed, reuse and drop; runs no tower and writes nothing."""
+    """What `build_release` would embed, reuse and drop; writes nothing."""
     opened = open_bundle(bundle)
     catalogue = open_catalogue(items, opened.spec, id_column)
-    tally = _Tally(open_previous(previous, opened.id))
+    precision = choose_precision(opened, catalogue, dtype, users)
+    tally = _Tally(open_previous(previous, opened.id, precision.dtype))
     for ids, features in catalogue.blocks():
         tally.add(ids, fingerprints(features))
         progress("compare", tally.counts.items, len(catalogue))
@@ -152,6 +163,8 @@ def build_release(
     out: Path,
     *,
     index: str = "none",
+    dtype: str = "f32",
+    users: Path | None = None,
     previous: Path | None = None,
     id_column: str | None = None,
     workers: int | None = None,
@@ -159,6 +172,7 @@ def build_release(
 ) -> Path:
     """Write a release folder from a bundle folder and a Parquet file of items; returns `out`, complete or not there.
 
+    `dtype` is f32, f16, int8, or auto: what it costs is measured on `users` (a user table) and goes into the manifest.
     `previous` is a release folder whose records are used again where nothing changed; `workers` threads run the tower,
     the number of processors where absent, and the result does not depend on it. Raises DataError for the items,
     BundleError for the bundle, StoreError for the index, SnapshotError for a record that is not finite.
@@ -166,17 +180,20 @@ def build_release(
     opened = open_bundle(bundle)
     kind = index_kind(index, opened.head)  # before hours of embedding
     catalogue = open_catalogue(items, opened.spec, id_column)
-    before = open_previous(previous, opened.id)
+    precision = choose_precision(opened, catalogue, dtype, users)
+    layout = RecordLayout(opened.head, precision.dtype)
+    before = open_previous(previous, opened.id, precision.dtype)
     with replacing_folder(out, RELEASE) as folder:
         _copy_bundle(opened, folder / BUNDLE)
         started = time.perf_counter()
-        counts = _embed(opened, catalogue, before, folder, workers or os.cpu_count() or 1, progress)
+        counts = _embed(opened, catalogue, layout, before, folder, workers or os.cpu_count() or 1, progress)
         report = {
             "items": counts.items,
             "embedded": counts.embedded,
             "reused": counts.reused,
             "removed": counts.removed,
             "embed_s": round(time.perf_counter() - started, 3),
+            "precision": precision.to_json(),
         }
         if kind is not IndexKind.NONE:
             report["index_s"] = _index(opened, folder, kind, progress)
@@ -185,14 +202,20 @@ def build_release(
 
 
 def _embed(
-    bundle: Bundle, catalogue: Catalogue, previous: Previous | None, folder: Path, workers: int, progress: Progress
+    bundle: Bundle,
+    catalogue: Catalogue,
+    layout: RecordLayout,
+    previous: Previous | None,
+    folder: Path,
+    workers: int,
+    progress: Progress,
 ) -> Counts:
     """Write items.snap and inputs.hash."""
     tally = _Tally(previous)
     tower = bundle.item_tower()
     with (
         SnapshotWriter(
-            folder / ITEMS, kind="items", owner=bundle.id, id_type=bundle.spec.item_id_type, record_size=tower.size
+            folder / ITEMS, kind="items", owner=bundle.id, id_type=bundle.spec.item_id_type, layout=layout
         ) as writer,
         (folder / INPUTS).open("wb") as inputs,
         ThreadPoolExecutor(workers) as pool,
@@ -200,30 +223,31 @@ def _embed(
         for ids, features in catalogue.blocks():
             prints = fingerprints(features)
             rows = tally.add(ids, prints)
-            writer.append(ids, _records(tower, pool, workers, previous, rows, features))
+            _append(writer, ids, previous, rows, features, partial(run_parallel, tower, pool, workers))
             inputs.write(prints.astype("<u8").tobytes())
             progress("embed", tally.counts.items, len(catalogue))
         writer.finish()
     return tally.counts
 
 
-def _records(
-    tower: Tower,
-    pool: Executor,
-    workers: int,
+def _append(
+    writer: SnapshotWriter,
+    ids: NDArray[Any],
     previous: Previous | None,
     rows: NDArray[np.int32],
     features: NDArray[np.int32],
-) -> NDArray[np.float32]:
-    """Records (b, size): from the previous release where rows >= 0, else from the tower."""
+    embed: Callable[[NDArray[np.int32]], NDArray[np.float32]],
+) -> None:
+    """Write a block: packed records of the previous release where rows >= 0, what `embed` makes of the others."""
     fresh = rows < 0
     if previous is None or fresh.all():
-        return run_parallel(tower, pool, workers, features)
-    records = np.empty((len(features), tower.size), np.float32)
-    records[~fresh] = previous.items.records[rows[~fresh]]
+        writer.append(ids, embed(features))
+        return
+    packed = np.empty((len(ids), writer.stride), np.uint8)
+    packed[~fresh] = previous.items.rows[rows[~fresh]]
     if fresh.any():
-        records[fresh] = run_parallel(tower, pool, workers, features[fresh])
-    return records
+        packed[fresh] = writer.packed(ids[fresh], embed(features[fresh]))
+    writer.append(ids, packed)
 
 
 def run_parallel(tower: Tower, pool: Executor, workers: int, features: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ RankTowerError
     SnapshotError         a table file: truncated, foreign, of another version, or about to hold what it must not
     StoreError            a release store: unreachable, full, or holding something damaged
         UnknownRelease    no release of that name
+        Awaited           another process fetches it, and tries again by itself where that fails
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ class StoreError(RankTowerError):
 
 class UnknownRelease(StoreError):  # noqa: N818
     """The store holds no release of that name."""
+
+
+class Awaited(StoreError):  # noqa: N818
+    """It is not here yet. `failures`: how often fetching has failed where it is done, 0 while nothing is wrong."""
+
+    def __init__(self, message: str, *, failures: int = 0) -> None:
+        super().__init__(message)
+        self.failures = failures
 
 
 def disk_error(error: OSError) -> str:

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from cache.errors import StoreError
 from cache.release import IndexKind, Progress, check_chunk, index_kind, no_progress, read_chunks, read_release
 from cache.snapshot import Snapshot
+from kernel.engine import top_k
 from kernel.head import HeadSpec
-from kernel.reference import NORM_FLOOR, score, top_k
+from kernel.reference import NORM_FLOOR
 
 ADD_ROWS = 16_384  # items whose vectors are in memory at a time
 POINTS_PER_LIST = 48  # training vectors for each list of an inverted file
 MIN_POINTS, MAX_LISTS = 39, 65_536  # FAISS warns below 39 vectors a list
 PROBES = 16  # one list in so many is searched
 FLOOR_PROBES = 32
-SCORE_ROWS = 65_536  # items scored at a time when everything is
 
 
 class RetrievalIndex:
@@ -112,8 +112,9 @@ def recall_curve(
         raise StoreError(f"recall of {len(users)} users over {len(snapshot)} items is no number: publish some of both")
     found: dict[int, list[float]] = {kept: [] for kept in per_head}
     wanted = min(k, len(snapshot))
+    table, rows = snapshot.table(head), np.arange(len(snapshot), dtype=np.int32)
     for done, user in enumerate(users, start=1):
-        scores = _score_all(snapshot, head, user)
+        scores = table.score(user, rows)
         enough = scores[top_k(scores, wanted)[-1]]
         for kept, shares in found.items():
             good = int((scores[index.search(user, kept)] >= enough).sum())
@@ -156,16 +157,17 @@ def _width(head: HeadSpec, kind: str) -> int:
 
 
 def _all_vectors(snapshot: Snapshot, head: HeadSpec, width: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    table = snapshot.table(head)
     for start in range(0, len(snapshot), ADD_ROWS):
         rows = slice(start, min(start + ADD_ROWS, len(snapshot)))
-        yield rows, item_vectors(head, snapshot.records[rows], width)
+        yield rows, item_vectors(head, table.records(np.arange(rows.start, rows.stop, dtype=np.int32)), width)
 
 
 def _sample(snapshot: Snapshot, head: HeadSpec, width: int, wanted: int) -> NDArray[np.float32]:
     """Vectors of randomly chosen items, about `wanted` of them."""
     count = min(len(snapshot), -(-wanted // head.item_heads))
     rows = np.sort(np.random.default_rng(0).choice(len(snapshot), count, replace=False))
-    return item_vectors(head, snapshot.records[rows], width)
+    return item_vectors(head, snapshot.table(head).records(rows.astype(np.int32)), width)
 
 
 def _empty(kind: IndexKind, width: int, total: int) -> Any:
@@ -179,10 +181,3 @@ def _empty(kind: IndexKind, width: int, total: int) -> Any:
     )
     index.nprobe = min(lists, max(FLOOR_PROBES, lists // PROBES))
     return index
-
-
-def _score_all(snapshot: Snapshot, head: HeadSpec, user: NDArray[np.float32]) -> NDArray[np.float32]:
-    parts = [
-        score(head, user, snapshot.records[start : start + SCORE_ROWS]) for start in range(0, len(snapshot), SCORE_ROWS)
-    ]
-    return np.concatenate(parts)

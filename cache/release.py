@@ -48,6 +48,15 @@ class IndexKind(StrEnum):
     IVF_SQ8 = "ivf-sq8"
 
 
+class DtypeChoice(StrEnum):
+    """How item records are stored."""
+
+    AUTO = "auto"
+    F32 = "f32"
+    F16 = "f16"
+    INT8 = "int8"
+
+
 Progress = Callable[[str, int, int], None]  # stage, done, total: bytes, or items while embedding
 Clock = Callable[[], datetime]
 

@@ -1,15 +1,16 @@
 """A table of records by id as one file: written in a stream, then memory-mapped, never parsed, shared by all workers.
 
     header     1,024 bytes, little-endian, ends with the sha256 of what is before it
-    records    at 4,096; row i at i * stride, stride a multiple of 64 bytes, padded with zeros
+    records    at 4,096; row i at i * stride: plain values, the stride a multiple of 64 bytes, padded with zeros; or
+               packed by kernel.record, whose layout says the stride
     keys       (n,) uint64: the int64 id itself, or the salted hash of the string id
     offsets    (n + 1,) uint64 into `text`; only with string ids
     text       UTF-8 of all string ids, end to end; only with string ids
     slots      (m,) uint32, open addressing over the keys (kernel.reference): row + 1, 0 is empty
     hashes     sha256 of every 2 MiB of what lies between header and here
 
-Sections start at multiples of 64 bytes and are found by name, so a later version may add some (scales of int8 records,
-say) without a change for its readers. The header holds the sha256 of the hashes, and the hash of the header is the
+Sections start at multiples of 64 bytes and are found by name, so a later version may add some without a change for its
+readers. The header holds the sha256 of the hashes, and the hash of the header is the
 file's id.
 """
 
@@ -22,7 +23,7 @@ import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -32,13 +33,19 @@ from numpy.typing import NDArray
 
 from cache.durable import rename_durably
 from cache.errors import SnapshotError
-from kernel.reference import build_index, hash_strings, lookup, slot_count
+from kernel.engine import Index, Table, build_index, hash_texts, open_index, open_table, pack
+from kernel.errors import KernelError, RecordError
+from kernel.head import HeadSpec
+from kernel.ids import Texts
+from kernel.record import Dtype, RecordLayout
+from kernel.reference import slot_count
 
 Kind = Literal["items", "users"]
 IdType = Literal["int", "string"]
-Ids = Sequence[int] | Sequence[str] | NDArray[Any]
+Layout = Literal["plain", "quads"]
+Ids = Sequence[int] | Sequence[str] | NDArray[Any] | Texts
 
-MAGIC, VERSION, LITTLE_ENDIAN = b"RTSNAP\r\n", 1, 0x01020304
+MAGIC, VERSION, LITTLE_ENDIAN = b"RTSNAP\r\n", 2, 0x01020304
 DTYPES: dict[str, str] = {"f32": "<f4", "f16": "<f2", "int8": "|i1", "int32": "<i4"}
 HEADER_BYTES, RECORDS_AT, ALIGNMENT, PIECE_BYTES = 1024, 4096, 64, 2 << 20
 MAX_SECTIONS, MAX_ID_BYTES, MAX_ROWS = 16, 1024, 2**31 - 1
@@ -68,7 +75,7 @@ class Header:
     stride: int  # bytes
     count: int
     salt: int
-    layout: str  # order of the values within a record; "plain" is the tower's own
+    layout: Layout  # of a record: its values in a row, or packed by kernel.record
     file_bytes: int
     root: bytes  # sha256 of the section `hashes`
     sections: Mapping[str, Section]
@@ -136,12 +143,15 @@ class Snapshot:
         self.slots = self._array("slots", "<u4")  # (m,) uint32
         self._offsets = self._array("offsets", "<u8").view(np.int64)  # (n + 1,) or empty
         self._text = self._array("text", "|u1")
-        self.records: NDArray[Any] = np.ndarray(  # (n, record size), rows a stride apart
-            (header.count, header.record_size),
-            DTYPES[header.record_dtype],
-            buffer=mapped,
-            offset=header.sections["records"].offset,
-            strides=(header.stride, np.dtype(DTYPES[header.record_dtype]).itemsize),
+        texts = header.id_type == "string"
+        self._finder = open_index(
+            Index(
+                self.slots,
+                self.keys,
+                self._offsets.view(np.uint64) if texts else None,
+                self._text if texts else None,
+                header.salt,
+            )
         )
 
     @classmethod
@@ -157,7 +167,46 @@ class Snapshot:
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise SnapshotError(f"{path} cannot be opened ({error.strerror}): fetch or publish it again") from error
-        return cls(path, header, mapped)
+        try:
+            return cls(path, header, mapped)
+        except KernelError as error:
+            raise SnapshotError(f"{path}: {error}: fetch or publish it again") from error
+
+    @cached_property
+    def records(self) -> NDArray[Any]:
+        """(n, record size) of a plain table, rows a stride apart."""
+        header, dtype = self.header, DTYPES[self.header.record_dtype]
+        if header.layout != "plain":
+            raise SnapshotError(f"{self.path} holds packed records: open its table with their head")
+        return np.ndarray(
+            (header.count, header.record_size),
+            dtype,
+            buffer=self._mapped,
+            offset=header.sections["records"].offset,
+            strides=(header.stride, np.dtype(dtype).itemsize),
+        )
+
+    @cached_property
+    def rows(self) -> NDArray[np.uint8]:
+        """(n, stride): the records as octets."""
+        return self._array("records", "|u1").reshape(len(self), self.header.stride)
+
+    def table(self, head: HeadSpec) -> Table:
+        """The packed records as the kernel scores them. Raises SnapshotError unless they are of this head."""
+        found = (self.header.layout, self.header.record_size, self.header.stride)
+        try:
+            layout = RecordLayout(head, self.dtype)
+            wanted = ("quads", head.item_size, layout.stride)
+            if found != wanted:
+                raise KernelError(f"its records are {found} (layout, floats, stride), the head reads {wanted}")
+            return open_table(layout, self.rows, self._finder)
+        except KernelError as error:
+            raise SnapshotError(f"{self.path}: {error}: publish the release again") from error
+
+    @property
+    def dtype(self) -> Dtype:
+        """Of packed records."""
+        return self.header.record_dtype  # type: ignore[return-value]  # RecordLayout refuses another
 
     @property
     def kind(self) -> Kind:
@@ -181,15 +230,8 @@ class Snapshot:
     def lookup(self, ids: Ids) -> NDArray[np.int32]:
         """Rows (b,) int32 of ids, -1 where unknown. Raises SnapshotError when the ids are not of the table's type."""
         if self.id_type == "int":
-            return lookup(self.slots, self.keys, as_integers(ids).view(np.uint64))
-        texts = as_texts(ids)
-        fits = np.fromiter((len(text) <= MAX_ID_BYTES for text in texts), bool, len(texts))
-        if not fits.all():  # no such id was ever written; hashing it would pad all others to its length
-            texts = [text if fit else "" for text, fit in zip(texts, fits, strict=True)]
-        rows = lookup(self.slots, self.keys, hash_strings(texts, self.header.salt))
-        found = np.flatnonzero(rows >= 0)
-        rows[found[~self._same(rows[found], [texts[k] for k in found])]] = -1
-        return rows
+            return self._finder.lookup(as_integers(ids))
+        return self._finder.lookup(as_texts(ids))
 
     def ids(self, rows: NDArray[Any] | slice = slice(None)) -> NDArray[Any]:
         """Ids of rows: int64, or str in an object array."""
@@ -221,20 +263,6 @@ class Snapshot:
         section = self.header.sections.get(name, Section(0, 0))
         return np.frombuffer(self._mapped, dtype, section.size // np.dtype(dtype).itemsize, section.offset)
 
-    def _same(self, rows: NDArray[np.int32], texts: list[str]) -> NDArray[np.bool_]:
-        """Whether the stored id of each row is that text: equal hashes prove nothing."""
-        encoded = [text.encode() for text in texts]
-        sizes = np.fromiter((len(text) for text in encoded), np.int64, len(encoded))
-        starts = self._offsets[rows]
-        same: NDArray[np.bool_] = self._offsets[rows + 1] - starts == sizes
-        sizes = sizes[same]
-        if sizes.size:
-            given = np.frombuffer(b"".join(text for text, keep in zip(encoded, same, strict=True) if keep), np.uint8)
-            ends = np.cumsum(sizes)
-            stored = self._text[np.repeat(starts[same] - (ends - sizes), sizes) + np.arange(len(given))]
-            same[same] = np.logical_and.reduceat(stored == given, ends - sizes)  # stored ids are never empty
-        return same
-
 
 def _check_sections(path: Path, header: Header) -> None:
     """Raise SnapshotError unless every section lies within the file and has the size that its content asks for."""
@@ -242,9 +270,10 @@ def _check_sections(path: Path, header: Header) -> None:
         header.record_dtype not in DTYPES
         or header.kind not in ("items", "users")
         or header.id_type not in ("int", "string")
+        or header.layout not in ("plain", "quads")
     ):
         raise SnapshotError(
-            f"{path} holds {header.record_dtype} records of {header.kind} by {header.id_type} id, "
+            f"{path} holds {header.record_dtype} {header.layout} records of {header.kind} by {header.id_type} id, "
             "unknown to this version: publish the release again"
         )
     count, pieces = header.count, -(-(header.sections.get("hashes", Section(0, 0)).offset - RECORDS_AT) // PIECE_BYTES)
@@ -268,6 +297,8 @@ def _check_sections(path: Path, header: Header) -> None:
 
 def as_integers(ids: Ids) -> NDArray[np.int64]:
     """(b,) int64. Raises SnapshotError unless all ids are integers of 64 bits; True is not one."""
+    if isinstance(ids, Texts):
+        raise SnapshotError("this table has integer ids, got texts: send integers of 64 bits")
     try:
         found = np.asarray(ids)
     except (ValueError, OverflowError) as error:
@@ -279,19 +310,20 @@ def as_integers(ids: Ids) -> NDArray[np.int64]:
     raise SnapshotError(f"this table has integer ids, got {ids[0]!r}: send integers of 64 bits")
 
 
-def as_texts(ids: Ids) -> list[str]:
+def as_texts(ids: Ids) -> Texts:
     """Raises SnapshotError unless all ids are text that UTF-8 can hold."""
+    if isinstance(ids, Texts):
+        return ids
     texts: list[Any] = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
     try:
-        "".join(texts).encode()
-    except TypeError as error:
+        return Texts.of(texts)
+    except (TypeError, AttributeError) as error:
         wrong = next(value for value in texts if not isinstance(value, str))
         raise SnapshotError(f"this table has text ids, got {wrong!r}: send text") from error
     except UnicodeEncodeError as error:
         raise SnapshotError(
             f"an id is not text ({error.object[error.start : error.end]!r}): send valid Unicode"
         ) from error
-    return texts
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -300,9 +332,11 @@ def as_texts(ids: Ids) -> list[str]:
 class SnapshotWriter:
     """Streams batches into a new snapshot: 8 bytes of memory a row, and the batch. The file appears only when finished.
 
-    with SnapshotWriter(path, kind="items", owner=bundle_id, id_type="int", record_size=384) as writer:
+    with SnapshotWriter(path, kind="items", owner=bundle_id, id_type="int", layout=layout) as writer:
         writer.append(ids, records)
         snapshot = writer.finish()
+
+    Without a layout records are plain: `record_size` int32.
     """
 
     def __init__(
@@ -312,14 +346,13 @@ class SnapshotWriter:
         kind: Kind,
         owner: str,
         id_type: IdType,
-        record_dtype: str = "f32",
-        record_size: int,
-        layout: str = "plain",
+        layout: RecordLayout | None = None,
+        record_size: int = 0,
     ) -> None:
         self.path, self.kind, self.owner, self.id_type, self.layout = path, kind, owner, id_type, layout
-        self.record_dtype, self.record_size = record_dtype, record_size
-        self.row_bytes = record_size * np.dtype(DTYPES[record_dtype]).itemsize
-        self.stride = _aligned(self.row_bytes)
+        self.record_dtype = layout.dtype if layout else "int32"
+        self.record_size = layout.head.item_size if layout else record_size
+        self.stride = layout.stride if layout else _aligned(4 * record_size)
         self.count = 0
         self._keys: list[NDArray[np.uint64]] = []
         self._sizes: list[NDArray[np.int64]] = []  # bytes of each string id
@@ -339,21 +372,23 @@ class SnapshotWriter:
         self._spool_path.unlink(missing_ok=True)
 
     def append(self, ids: Ids, records: NDArray[Any]) -> None:
-        """Add rows: ids (b,), records (b, record size). Raises SnapshotError naming the item with a NaN or infinity."""
-        if records.shape != (len(ids), self.record_size):
+        """Add rows: ids (b,), records (b, record size), or (b, stride) uint8 that a layout has packed already.
+
+        Raises SnapshotError naming the item with a NaN, an infinity or a number that the dtype cannot hold.
+        """
+        packed = self.layout is not None and records.dtype == np.uint8
+        if records.shape != (len(ids), self.stride if packed else self.record_size):
             raise SnapshotError(
                 f"{self.path}: {len(ids)} ids with records {records.shape}, not (b, {self.record_size})"
             )
         if self.count + len(ids) > MAX_ROWS:
             raise SnapshotError(f"{self.path}: more than {MAX_ROWS} {self.kind} do not fit one table: shard them")
-        self._refuse_not_finite(ids, records)
+        rows = records if packed else self.packed(ids, records)
         if self.id_type == "int":
             self._keys.append(as_integers(ids).view(np.uint64))
         else:
-            self._spool_texts(as_texts(ids))
-        padded = np.zeros((len(ids), self.stride), np.uint8)
-        padded[:, : self.row_bytes] = np.ascontiguousarray(records, DTYPES[self.record_dtype]).view(np.uint8)
-        self._stream.write(padded.data)
+            self._spool_texts(Texts.of(ids.tolist()) if isinstance(ids, Texts) else as_texts(ids))
+        self._stream.write(np.ascontiguousarray(rows).data)
         self.count += len(ids)
 
     def finish(self) -> Snapshot:
@@ -381,7 +416,7 @@ class SnapshotWriter:
             stride=self.stride,
             count=self.count,
             salt=salt,
-            layout=self.layout,
+            layout="quads" if self.layout else "plain",
             file_bytes=self._stream.tell(),
             root=hashlib.sha256(hashes).digest(),
             sections=sections,
@@ -393,32 +428,36 @@ class SnapshotWriter:
         rename_durably(self._temporary, self.path)
         return Snapshot.open(self.path)
 
-    def _refuse_not_finite(self, ids: Ids, records: NDArray[Any]) -> None:
-        if records.dtype.kind != "f":
-            return
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(records.astype(DTYPES[self.record_dtype], copy=False)).all(axis=1)
-        if not finite.all():
-            row = int(np.argmin(finite))
-            raise SnapshotError(
-                f"the record of {self.kind[:-1]} {ids[row]!r} (row {self.count + row}) holds NaN or infinity: "
-                "check that item's features, or train and export again"
-            )
+    def packed(self, ids: Ids, records: NDArray[Any]) -> NDArray[np.uint8]:
+        """Rows (b, stride) as `append` writes them. Raises SnapshotError naming an item that does not fit."""
+        if self.layout is not None:
+            try:
+                return pack(self.layout, records)
+            except RecordError as error:
+                raise self._not_finite(ids, error.row) from error
+        padded = np.zeros((len(ids), self.stride // 4), "<i4")
+        padded[:, : self.record_size] = records
+        return padded.view(np.uint8)
+
+    def _not_finite(self, ids: Ids, row: int) -> SnapshotError:
+        return SnapshotError(
+            f"the record of {self.kind[:-1]} {ids[row]!r} (row {self.count + row}) holds NaN or infinity, or more than "
+            f"{self.record_dtype} can: check that item's features, or train and export again"
+        )
 
     # --- ids and keys
 
-    def _spool_texts(self, texts: list[str]) -> None:
-        encoded = [text.encode() for text in texts]
-        sizes = np.fromiter((len(text) for text in encoded), np.int64, len(encoded))
-        wrong = np.flatnonzero((sizes == 0) | (sizes > MAX_ID_BYTES))
+    def _spool_texts(self, texts: Texts) -> None:
+        wrong = np.flatnonzero((texts.sizes == 0) | (texts.sizes > MAX_ID_BYTES))
         if len(wrong):
+            shown = texts[wrong[:1]].tolist()[0][:40]
             raise SnapshotError(
-                f"id {texts[wrong[0]][:40]!r} of row {self.count + int(wrong[0])} has {sizes[wrong[0]]} bytes: "
+                f"id {shown!r} of row {self.count + int(wrong[0])} has {texts.sizes[wrong[0]]} bytes: "
                 f"ids have 1 to {MAX_ID_BYTES}"
             )
-        self._spool.write(b"".join(encoded))
-        self._sizes.append(sizes)
-        self._keys.append(hash_strings(texts, FIRST_SALT))
+        self._spool.write(texts.data.data)  # `Texts.of` lays them end to end
+        self._sizes.append(texts.sizes)
+        self._keys.append(hash_texts(texts, FIRST_SALT))
 
     def _distinct_keys(self) -> tuple[NDArray[np.uint64], int]:
         """All keys and the salt that made them distinct. Raises SnapshotError when an id came twice."""
@@ -454,9 +493,8 @@ class SnapshotWriter:
             places = offsets[start : start + COPY_ROWS + 1]
             self._spool.seek(places[0])
             flat = self._spool.read(int(places[-1] - places[0]))
-            cuts = (places - places[0]).tolist()
-            texts = [flat[a:b].decode() for a, b in pairwise(cuts)]
-            parts.append(hash_strings(texts, salt))
+            starts = places[:-1] - places[0]
+            parts.append(hash_texts(Texts(np.frombuffer(flat, np.uint8), starts, np.diff(places)), salt))
         return np.concatenate(parts)
 
     def _spooled(self) -> Iterable[bytes]:

@@ -66,12 +66,36 @@ class ReleaseInfo:
 ReleaseInfos = list[ReleaseInfo]
 
 
-class ReleaseStore(Protocol):
-    """Every method raises StoreError, naming store and remedy, and then has changed nothing that readers see."""
+class ReadableStore(Protocol):
+    """What a replica needs of a store. Every method raises StoreError, naming store and remedy."""
 
     @property
     def url(self) -> str:
         """The URL, without a password."""
+
+    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+        """The current release, as soon as it is not `seen` or the time is up."""
+
+    def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
+        """A local folder with the release, every hash verified once in the life of this object.
+
+        A store that copies does so into a folder of its own below `cache_dir`: other stores may use the same one.
+        """
+
+    def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
+        """Delete the local copies of this store's releases but those in `keep`: the names of those that went."""
+
+    def users_version(self, spec_id: str) -> str | None:
+        """Version of the user table, which begins with the time of its making (`release.created_at`)."""
+
+    def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
+        """A local users.snap, verified, or None; copies of other versions are deleted from the cache."""
+
+    def close(self) -> None: ...
+
+
+class ReleaseStore(ReadableStore, Protocol):
+    """All of a store. What raises has changed nothing that readers see."""
 
     def check_writable(self) -> None:
         """Raise what `publish` would raise for a store that does not answer or must not be written, before the work."""
@@ -90,39 +114,19 @@ class ReleaseStore(Protocol):
     def list(self) -> ReleaseInfos:
         """All complete releases, oldest first; damaged ones, too."""
 
-    def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
-        """A local folder with the release, every hash verified once in the life of this object.
-
-        A store that copies does so into a folder of its own below `cache_dir`: other stores may use the same one.
-        """
-
-    def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
-        """Delete the local copies of this store's releases but those in `keep`: the names of those that went."""
-
     def rollback(self) -> str:
         """Go back to the release that was current before; returns its name."""
 
     def prune(self, keep: int) -> Names:
         """Delete all but the newest `keep` releases and the current one, and what dead publishers left: their names."""
 
-    def wait(self, seen: str | None, timeout_s: float) -> str | None:
-        """The current release, as soon as it is not `seen` or the time is up."""
-
     def publish_users(self, path: Path, progress: Progress = no_progress) -> str:
         """Replace the user table of the specification that owns the snapshot; returns its version. Older ones go."""
-
-    def users_version(self, spec_id: str) -> str | None:
-        """Version of the user table, which begins with the time of its making (`release.created_at`)."""
 
     def users(self, spec_id: str) -> UserTable | None:
         """The manifest of the user table: its version, how many users, how large."""
 
-    def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
-        """A local users.snap, verified, or None; copies of other versions are deleted from the cache."""
-
     def delete_users(self, spec_id: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def open_store(url: str) -> ReleaseStore:

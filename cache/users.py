@@ -25,9 +25,7 @@ def build_user_table(spec: FeatureSpec, log_folder: Path, out: Path, progress: P
     source = read_log(log_folder)
     _check_users(source, spec, log_folder)
     columns = user_columns(source, spec)
-    writer = SnapshotWriter(
-        out, kind="users", owner=spec.id, id_type=spec.user_id_type, record_dtype="int32", record_size=spec.user_width
-    )
+    writer = SnapshotWriter(out, kind="users", owner=spec.id, id_type=spec.user_id_type, record_size=spec.user_width)
     with writer:
         for start in range(0, len(source.users), BLOCK_ROWS):
             rows = slice(start, min(start + BLOCK_ROWS, len(source.users)))

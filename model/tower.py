@@ -38,7 +38,11 @@ class Tower:
         self.size = int(outputs[0].shape[1])
 
     def run(self, features: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Records (b, size) float32 of index rows (b, width) int32."""
+        """Records (b, size) float32 of index rows (b, width) int32. Several threads may run one tower at a time.
+
+        A plain call: bound, preallocated input and output take as long (77 us either way for 20 fields and a history
+        of 50, of which 3 us are not the graph), and would have to be held once a thread.
+        """
         records: NDArray[np.float32] = self._session.run([OUTPUT], {INPUT: features})[0]
         return records
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from time import perf_counter_ns
+from time import monotonic_ns, perf_counter_ns
 
 from service.errors import Busy, DeadlineExceeded
 
@@ -28,6 +28,12 @@ class Permit:
                 field="deadline_ms",
                 remedy="allow more time, send fewer candidates, or add replicas",
             )
+
+    def ends_ns(self, deadline_ms: int | None) -> int:
+        """When the deadline passes, by time.monotonic_ns, which the kernel reads while it scores; 0 without one."""
+        if deadline_ms is None:
+            return 0
+        return monotonic_ns() + self.arrived_ns + deadline_ms * 1_000_000 - perf_counter_ns()
 
 
 class Admission:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
+import msgspec
+import numpy as np
 import orjson
+from msgspec import UNSET, Struct, UnsetType
+from numpy.typing import NDArray
 
+from kernel.ids import Texts
 from service.admission import Permit
 from service.errors import RequestError
 from service.ranker import Ranker, Ranking
@@ -41,7 +47,7 @@ def answer_rank(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, clo
     _check_candidates(request, limits, "")
     clock.lap("decode")
     permit.check_deadline(request.deadline_ms)
-    ranking = ranker.rank(request, clock)
+    ranking = ranker.rank(request, clock, permit.ends_ns(request.deadline_ms))
     answer = Answer(encode_ranking(ranking), ranker.release, [ranking])
     clock.lap("respond")
     return answer
@@ -59,8 +65,9 @@ def answer_batch(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, cl
     for number, request in enumerate(requests):
         _check_candidates(request, limits, f"requests[{number}].")
     clock.lap("decode")
-    permit.check_deadline(min((r.deadline_ms for r in requests if r.deadline_ms is not None), default=None))
-    rankings = ranker.rank_batch(requests, clock)
+    deadline_ms = min((r.deadline_ms for r in requests if r.deadline_ms is not None), default=None)
+    permit.check_deadline(deadline_ms)
+    rankings = ranker.rank_batch(requests, clock, permit.ends_ns(deadline_ms))
     answer = Answer(encode_batch(ranker.release, rankings), ranker.release, rankings)
     clock.lap("respond")
     return answer
@@ -88,6 +95,23 @@ def _check_candidates(request: RankRequest[Any, Any], limits: Limits, place: str
 
 # --- encoding --------------------------------------------------------------------------------------------------------
 
+QUOTE, COMMA = ord('"'), ord(",")
+PLAIN = np.ones(256, bool)  # octets that JSON text holds as they are
+PLAIN[:32] = PLAIN[QUOTE] = PLAIN[ord("\\")] = False
+
+
+class _Item(Struct, gc=False):
+    """`schema.RankedItem`. 100 of these and their JSON take 21 us, as mappings with NumPy's floats 33 us."""
+
+    id: Any
+    score: float | None
+    probability: float | UnsetType | None
+    position: int | UnsetType
+    explanation: dict[str, Any] | UnsetType
+
+
+_encode_items = msgspec.json.Encoder().encode
+
 
 def encode_ranking(ranking: Ranking) -> bytes:
     """The body of `schema.RankAnswer`."""
@@ -100,32 +124,64 @@ def encode_batch(release: str, rankings: Sequence[Ranking]) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def counts_of(ranking: Ranking) -> dict[str, int]:
+    """`schema.Counts`."""
+    return {"candidates": ranking.candidates, "scored": ranking.scored, "returned": len(ranking.ids)}
+
+
+def json_ids(ids: Any) -> Any:
+    """Ids in a form that orjson takes: an array or a list as it is, texts as the JSON that they are together."""
+    return orjson.Fragment(_json_texts(ids)) if isinstance(ids, Texts) else ids
+
+
 def _document(ranking: Ranking) -> dict[str, Any]:
     return {
         "release": ranking.release,
         "user_known": ranking.user_known,
-        "items": _items(ranking),
-        "missing": ranking.missing,
-        "counts": {
-            "candidates": ranking.candidates,
-            "scored": ranking.candidates - len(ranking.missing),
-            "returned": len(ranking.ids),
-        },
+        "items": orjson.Fragment(_encode_items(_items(ranking))),
+        "missing": json_ids(ranking.missing),
+        "counts": counts_of(ranking),
     }
 
 
-def _items(ranking: Ranking) -> list[dict[str, Any]]:
-    """One mapping for each item of the answer. orjson writes float32 in its shortest form and NaN as null."""
-    items: list[dict[str, Any]] = [
-        {"id": id_, "score": score} for id_, score in zip(ranking.ids, list(ranking.scores), strict=True)
-    ]
-    if ranking.probabilities is not None:
-        for item, probability in zip(items, list(ranking.probabilities), strict=True):
-            item["probability"] = probability
-    if ranking.positions is not None:
-        for item, position in zip(items, ranking.positions.tolist(), strict=True):
-            item["position"] = position
-    if ranking.explanation is not None:
-        for item, chosen, similar in zip(items, *ranking.explanation, strict=False):  # known items come first
-            item["explanation"] = {"item_heads": chosen, "similarities": similar}
-    return items
+def _items(ranking: Ranking) -> list[_Item]:
+    probabilities, positions, explanations = ranking.probabilities, ranking.positions, ranking.explanation
+    told = map(_explained, *(_short(part) for part in explanations)) if explanations else ()
+    endless: Iterator[Any] = chain(told, repeat(UNSET))  # known items come first
+    return list(
+        map(
+            _Item,
+            ranking.ids,
+            _short(ranking.scores),
+            repeat(UNSET) if probabilities is None else _short(probabilities),
+            repeat(UNSET) if positions is None else positions.tolist(),
+            endless,
+        )
+    )
+
+
+def _explained(item_heads: list[int], similarities: list[float]) -> dict[str, Any]:
+    return {"item_heads": item_heads, "similarities": similarities}
+
+
+def _short(values: NDArray[Any]) -> list[Any]:
+    """Python's numbers with the shortest decimals that read back as the same float32, None for NaN."""
+    numbers: list[Any] = orjson.loads(orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY))
+    return numbers
+
+
+def _json_texts(texts: Texts) -> bytes:
+    """The JSON list of texts. One gather and one scatter for all, unless one holds what JSON escapes."""
+    if not len(texts):
+        return b"[]"
+    sizes = texts.sizes
+    ends = np.cumsum(sizes + 3)  # of each with its quotes and its comma, after the bracket
+    within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    octets = texts.data[np.repeat(texts.starts, sizes) + within]
+    if not PLAIN[octets].all():
+        return orjson.dumps(texts.tolist())
+    out = np.full(int(ends[-1]) + 1, QUOTE, np.uint8)
+    out[np.repeat(ends - sizes - 1, sizes) + within] = octets
+    out[ends] = COMMA
+    out[0], out[-1] = ord("["), ord("]")
+    return out.tobytes()

@@ -9,7 +9,8 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from time import perf_counter, perf_counter_ns
+from functools import partial
+from time import monotonic, perf_counter, perf_counter_ns
 from typing import Annotated, Any
 
 import orjson
@@ -22,20 +23,23 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
-from cache.store import ReleaseStore, open_store
+from cache.mirror import MirrorStore
+from cache.store import ReadableStore, open_store
+from kernel import engine
 from model.errors import RankTowerError
 from service import problems
 from service.admission import Admission, Permit
 from service.answers import Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
 from service.errors import BodyTooLarge, UnsupportedBody
 from service.openapi import TITLE, VERSION, describe, documented
-from service.ranker import KERNEL, Ranker
+from service.ranker import Ranker
 from service.refresh import Refresher
-from service.settings import Settings, load_settings
+from service.settings import Settings
 from service.telemetry import StageClock, Telemetry
 
 JSON = "application/json"
 MAX_SAMPLE = 100_000
+MAP_WITHIN_S = 30.0  # what lies here is mapped, tried out and warm in much less
 REQUEST_NS = 200_000  # what a ranking costs whatever its candidates: decoding, encoding, the user tower
 
 log = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ log = logging.getLogger(__name__)
 class Service:
     """What the routes of one process share."""
 
-    def __init__(self, settings: Settings, store: ReleaseStore) -> None:
+    def __init__(self, settings: Settings, store: ReadableStore) -> None:
         self.settings = settings
         self.telemetry = Telemetry()
         self.limits = Limits(max_candidates=settings.max_candidates, max_batch=settings.max_batch)
@@ -58,6 +62,7 @@ class Service:
             on_swap=self._announce,
             on_failure=self.telemetry.refresh_failures.inc,
             on_wait=self._tell_waiting,
+            contact=store.contact_s if isinstance(store, MirrorStore) else monotonic,
         )
         self._warned: str | None = None  # the release whose lack of an index is in the log
 
@@ -69,6 +74,7 @@ class Service:
         self.refresher.start()
         restore = self._drain_on_sigterm()
         try:
+            await self._map_first()
             with threadpool_limits(limits=1, user_api="blas"):  # NumPy's own threads fight those of the pool
                 yield
         finally:
@@ -77,6 +83,12 @@ class Service:
             self.pool.shutdown()
             await asyncio.get_running_loop().run_in_executor(None, self.refresher.stop)
             self.store.close()
+
+    async def _map_first(self) -> None:
+        """A worker that starts beside others leaves the socket to them until it can answer, too."""
+        if isinstance(self.store, MirrorStore) and self.store.holds_current():
+            tried = partial(self.refresher.wait_until, lambda now: now.ranker is not None or now.failures > 0)
+            await asyncio.get_running_loop().run_in_executor(None, tried, MAP_WITHIN_S)
 
     async def answer(self, request: Request, answerer: Answerer) -> Response:
         """Read the body, wait for a permit, answer on the event loop or, where that takes long, in the pool."""
@@ -120,7 +132,7 @@ class Service:
             "ready": standing.ranker is not None and not self.draining,
             "release": standing.ranker.release if standing.ranker else None,
             "bundle": standing.ranker.bundle.id if standing.ranker else None,
-            "kernel": KERNEL,
+            "kernel": engine.level(),
             "draining": self.draining,
             "users": standing.users,
             "retrieval": standing.ranker is not None and standing.ranker.index is not None,
@@ -239,8 +251,9 @@ class Observed:
             self.telemetry.request_seconds.labels(route).observe(perf_counter() - start)
 
 
-def create_app(settings: Settings, store: ReleaseStore | None = None) -> FastAPI:
+def create_app(settings: Settings, store: ReadableStore | None = None) -> FastAPI:
     """The application over the store that the settings name, or over the given one."""
+    log.info("kernel level %s", settings.choose_kernel())
     service = Service(settings, store or open_store(settings.store))
 
     @asynccontextmanager
@@ -257,11 +270,6 @@ def create_app(settings: Settings, store: ReleaseStore | None = None) -> FastAPI
     _add_answers(app, service)
     _add_state(app, service)
     return app
-
-
-def from_environment() -> FastAPI:
-    """The factory that worker processes call."""
-    return create_app(load_settings())
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -10,6 +10,7 @@ import typer
 
 from cache.cli import app as cache_app
 from cache.errors import disk_error
+from kernel.errors import KernelError
 from model.cli import app as model_app
 from model.errors import RankTowerError
 
@@ -26,6 +27,14 @@ app.add_typer(model_app)
 app.add_typer(cache_app)
 
 DEFAULT_STORE = "file://./var/releases"
+
+
+@app.callback()
+def choose_kernel() -> None:
+    """The pre-ranking stage of a recommender cascade: learn, publish, serve."""
+    from service.settings import load_kernel_settings
+
+    load_kernel_settings().choose_kernel()
 
 
 @app.command()
@@ -45,6 +54,8 @@ def serve(
     inline_ms: Annotated[float | None, typer.Option(help="Estimated work up to which the event loop does it.")] = None,
     refresh_s: Annotated[float | None, typer.Option(help="Longest time between two looks at the store.")] = None,
     drain_s: Annotated[float | None, typer.Option(help="After SIGTERM, unready but answering for so long.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="auto, avx512-vnni, avx512, avx2, portable or numpy.")] = None,
+    require_native: Annotated[bool | None, typer.Option(help="Refuse to start with the NumPy reference alone.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Answer requests from the store's current release, and follow it. Every flag is also RANKTOWER_<NAME>."""
@@ -151,7 +162,7 @@ def main() -> None:
     """Run a verb; what a user can mend is one line and exit code 2."""
     try:
         app()
-    except RankTowerError as error:
+    except (RankTowerError, KernelError) as error:
         _give_up(str(error))
     except OSError as error:
         _give_up(disk_error(error))

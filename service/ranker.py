@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,12 @@ import orjson
 from numpy.typing import NDArray
 
 from cache.release import BUNDLE, INDEX, ITEMS, Release, read_release
-from cache.snapshot import Snapshot
-from kernel.reference import explain, score, top_k
-from model.bundle import Bundle, Calibration, open_bundle
+from cache.snapshot import Snapshot, as_integers, as_texts
+from kernel.engine import Ranked, check_native, top_k
+from kernel.ids import Ids, Texts
+from kernel.record import RecordLayout
+from kernel.reference import explain
+from model.bundle import Bundle, Calibration, open_bundle, read_probe
 from model.errors import FeatureError
 from model.features import HISTORY
 from model.tower import Tower
@@ -27,8 +30,8 @@ from service.wire import Decoders, RankRequest, RetrieveRequest, UserRequest, de
 if TYPE_CHECKING:
     from cache.index import RetrievalIndex
 
-KERNEL = "numpy"  # the level that scores: the reference in kernel/reference.py
 MEASURED_ROWS, MEASURED_TIMES = 2048, 3
+KERNEL_TOLERANCE = 1e-3  # in units of user heads * scale; int8 users are rounded to 16 bits
 
 Rank = RankRequest[Any, Any]
 
@@ -47,7 +50,8 @@ class Ranking:
     release: str
     user_known: bool | None  # None where the request named no user
     candidates: int
-    missing: list[Any]  # (m,) ids of unknown candidates in the caller's order
+    scored: int  # fewer than candidates less missing where the deadline passed meanwhile
+    missing: Ids  # (m,) unknown candidates in the caller's order
     ids: list[Any]  # (k,)
     positions: NDArray[np.int32] | None  # (k,) into the caller's list, None when retrieved
     scores: NDArray[np.float32]  # (k,), never rising, NaN for unknown items at the end
@@ -76,6 +80,7 @@ class Ranker:
         _check_items(document, bundle, items)
         _check_users(bundle, users)
         self.document, self.bundle, self.items, self.users, self.index = document, bundle, items, users, index
+        self.table = items.table(bundle.head)
         self.release = document.id
         self.spec, self.head = bundle.spec, bundle.head
         self._tower = tower or bundle.user_tower()
@@ -112,67 +117,81 @@ class Ranker:
 
     # --- ranking
 
-    def rank(self, request: Rank, clock: StageClock | None = None) -> Ranking:
-        """Rank the candidates for the user. Raises RequestError naming the field that cannot be answered."""
-        return self._rank([request], [""], clock or StageClock())[0]
+    def rank(self, request: Rank, clock: StageClock | None = None, deadline_ns: int = 0) -> Ranking:
+        """Rank the candidates for the user. Raises RequestError naming the field that cannot be answered.
 
-    def rank_batch(self, requests: Sequence[Rank], clock: StageClock | None = None) -> list[Ranking]:
-        """The same for several, equal to one by one, with one lookup for all. Errors name `requests[2].user.age`."""
-        return self._rank(requests, [f"requests[{k}]." for k in range(len(requests))], clock or StageClock())
+        Scoring ends at the deadline (time.monotonic_ns; 0 is none); what is not scored by then follows what is.
+        """
+        clock = clock or StageClock()
+        user = self._encode(request, "")
+        clock.lap("encode")
+        record = self._tower.run(user.features[None])[0]
+        clock.lap("user")
+        ids = self._ids(request)
+        ranked = self.table.rank(record, ids, request.k, deadline_ns)
+        clock.lap("score")
+        ranking = self._keep(request, "", user, record, ids, ranked)
+        clock.lap("topk")
+        return ranking
 
-    def _rank(self, requests: Sequence[Rank], places: Sequence[str], clock: StageClock) -> list[Ranking]:
+    def rank_batch(
+        self, requests: Sequence[Rank], clock: StageClock | None = None, deadline_ns: int = 0
+    ) -> list[Ranking]:
+        """The same for several in one call of the kernel, equal to one by one. Errors name `requests[2].user.age`."""
+        clock = clock or StageClock()
+        if not requests:
+            return []
+        places = [f"requests[{number}]." for number in range(len(requests))]
         users = [self._encode(request, place) for request, place in zip(requests, places, strict=True)]
         clock.lap("encode")
-        records = [self._tower.run(user.features[None])[0] for user in users]  # one by one: the same bits as alone
+        records = np.stack([self._tower.run(user.features[None])[0] for user in users])  # one by one: the same bits
         clock.lap("user")
-        rankings = []
-        for request, place, user, record, rows in zip(
-            requests, places, users, records, self._lookup(requests), strict=True
-        ):
-            known = np.flatnonzero(rows >= 0).astype(np.int32)
-            if len(known) < len(rows) and request.on_missing == "error":
-                raise self._unknown_items(request, rows, place)
-            scores = score(self.head, record, self.items.records[rows if len(known) == len(rows) else rows[known]])
-            clock.lap("score")
-            rankings.append(self._keep(request, user, record, rows, known, scores))
-            clock.lap("topk")
+        lists = [self._ids(request) for request in requests]
+        ranked = self.table.rank_batch(records, lists, [request.k for request in requests], deadline_ns)
+        clock.lap("score")
+        rankings = [self._keep(*one) for one in zip(requests, places, users, records, lists, ranked, strict=True)]
+        clock.lap("topk")
         return rankings
 
-    def _lookup(self, requests: Sequence[Rank]) -> Iterator[NDArray[np.int32]]:
-        """Rows (n,) of each request's candidates, -1 where unknown, from one lookup."""
-        lists = [request.candidates for request in requests]
-        ids = lists[0] if len(lists) == 1 else [id_ for one in lists for id_ in one]
-        rows = self.items.lookup(np.array(ids, np.int64) if self.items.id_type == "int" else ids)
-        ends = np.cumsum([len(one) for one in lists]).tolist()
-        return (rows[end - len(one) : end] for one, end in zip(lists, ends, strict=True))
+    def _ids(self, request: Rank) -> Ids:
+        """The candidates as the kernel reads them."""
+        ids: Any = request.candidates
+        if isinstance(ids, (np.ndarray, Texts)):
+            return ids
+        return as_integers(ids) if self.items.id_type == "int" else as_texts(ids)
 
     def _keep(
         self,
         request: Rank,
+        place: str,
         user: _User,
         record: NDArray[np.float32],  # (user size,)
-        rows: NDArray[np.int32],  # (n,) -1 where unknown
-        known: NDArray[np.int32],  # (m,) positions of known candidates
-        scores: NDArray[np.float32],  # (m,)
+        ids: Ids,  # (n,)
+        ranked: Ranked,
     ) -> Ranking:
-        """The k best, then unknown items in the caller's order if they are wanted. k is clamped in `top_k` alone."""
-        best = top_k(scores, request.k)
-        positions, kept = known[best], scores[best]
-        explanation = self._explain(record, rows[positions]) if request.explain else None
-        missing = np.flatnonzero(rows < 0).astype(np.int32)
-        if request.on_missing != "drop":
-            last = missing[: max(0, request.k - len(best))]
+        """The best, then what has no score in the caller's order: unknown items if they are wanted, and those that the
+        deadline cut off. k is clamped in the kernel alone."""
+        missing = ranked.missing
+        if len(missing) and request.on_missing == "error":
+            raise self._unknown_items(ids, missing, place)
+        positions, scores = ranked.positions, ranked.scores
+        explanation = self._explain(record, self.table.lookup(ids[positions])) if request.explain else None
+        if len(positions) < request.k and (len(missing) or ranked.seen < len(ids)):
+            unscored = np.arange(ranked.seen, len(ids), dtype=np.int32)
+            last = unscored if request.on_missing == "drop" else np.concatenate([missing, unscored])
+            last = last[: request.k - len(positions)]
             positions = np.concatenate([positions, last])
-            kept = np.concatenate([kept, np.full(len(last), np.nan, np.float32)])
+            scores = np.concatenate([scores, np.full(len(last), np.nan, np.float32)])
         return Ranking(
             release=self.release,
             user_known=user.known,
-            candidates=len(rows),
-            missing=[request.candidates[position] for position in missing.tolist()],
-            ids=[request.candidates[position] for position in positions.tolist()],
+            candidates=len(ids),
+            scored=ranked.seen - len(missing),
+            missing=ids[missing],
+            ids=ids[positions].tolist(),
             positions=positions,
-            scores=kept,
-            probabilities=_probabilities(self.bundle.calibration, kept),
+            scores=scores,
+            probabilities=_probabilities(self.bundle.calibration, scores),
             explanation=explanation,
         )
 
@@ -189,14 +208,15 @@ class Ranker:
         record = self._tower.run(user.features[None])[0]
         clock.lap("user")
         rows = np.asarray(self.index.search(record, request.items_per_head), np.int32)
-        scores = score(self.head, record, self.items.records[rows])
+        scores = self.table.score(record, rows)
         clock.lap("score")
         best = top_k(scores, request.k)
         ranking = Ranking(
             release=self.release,
             user_known=user.known,
             candidates=len(rows),
-            missing=[],
+            scored=len(rows),
+            missing=np.empty(0, np.int64),
             ids=self.items.ids(rows[best]).tolist(),
             positions=None,
             scores=scores[best],
@@ -207,7 +227,7 @@ class Ranker:
         return ranking
 
     def _explain(self, record: NDArray[np.float32], rows: NDArray[np.int32]) -> Explanation:
-        return Explanation(*explain(self.head, record, self.items.records[rows]))
+        return Explanation(*explain(self.head, record, self.table.records(rows)))
 
     # --- the user
 
@@ -256,17 +276,33 @@ class Ranker:
     def candidate_ns(self) -> float:
         """Nanoseconds that scoring one candidate takes on this machine, measured when first asked for."""
         count = min(len(self.items), MEASURED_ROWS)
-        record, rows = np.zeros(self.head.user_size, np.float32), np.linspace(0, len(self.items) - 1, count).astype(int)
+        record, rows = (
+            np.zeros(self.head.user_size, np.float32),
+            np.linspace(0, len(self.items) - 1, count).astype(np.int32),
+        )
         spent = []
         for _ in range(MEASURED_TIMES):
             start = perf_counter_ns()
-            score(self.head, record, self.items.records[rows])
+            self.table.score(record, rows)
             spent.append(perf_counter_ns() - start)
         return min(spent) / max(count, 1)
 
     def check(self) -> None:
-        """Recompute the bundle's golden outputs. Raises BundleError when this machine gives others."""
+        """Recompute the bundle's golden outputs, and score them with the kernel, too.
+
+        Raises BundleError or ReleaseError when this machine gives others.
+        """
         self.bundle.check_probe(self._tower, self.bundle.item_tower())
+        probe = read_probe(self.bundle.folder)
+        layout = RecordLayout(self.head, self.items.dtype)
+        for user in probe["user_records"]:
+            difference = check_native(layout, user, probe["item_records"])
+            if not difference <= KERNEL_TOLERANCE:
+                raise ReleaseError(
+                    f"the kernel at level {self.table.level} differs from the reference by {difference:.1e} "
+                    f"(allowed {KERNEL_TOLERANCE:.0e})",
+                    remedy="serve with --kernel portable or numpy, and report the processor and the build",
+                )
 
     def warm_up(self) -> float:
         """Answer the bundle's recorded requests; returns the nanoseconds that a candidate costs, for the record.
@@ -300,18 +336,18 @@ class Ranker:
             "metrics": manifest.get("metrics", {}),
             "calibrated": self.bundle.calibration is not None,
             "retrieval": self.index is not None,
-            "kernel": KERNEL,
+            "kernel": self.table.level,
+            "dtype": self.items.dtype,
         }
 
     # --- refusals
 
-    def _unknown_items(self, request: Rank, rows: NDArray[np.int32], place: str) -> RequestError:
-        missing = np.flatnonzero(rows < 0)
+    def _unknown_items(self, ids: Ids, missing: NDArray[np.int32], place: str) -> RequestError:
         field = f"{place}candidates[{missing[0]}]"
-        named = short(repr(request.candidates[missing[0]]))
+        named = short(repr(ids[missing[:1]].tolist()[0]))
         which = "the only one" if len(missing) == 1 else f"the first of {len(missing)} such"
         return RequestError(
-            f"{field} is {named}, unknown to release {self.release} ({which} among {len(rows)} candidates)",
+            f"{field} is {named}, unknown to release {self.release} ({which} among {len(ids)} candidates)",
             field=field,
             remedy="publish these items, leave them out, or send on_missing last or drop",
         )
@@ -348,10 +384,10 @@ def _open_index(path: Path) -> RetrievalIndex:
 
 def _check_items(document: Release, bundle: Bundle, items: Snapshot) -> None:
     """Raise ReleaseError unless the snapshot was embedded with this bundle and can be scored here."""
-    if bundle.head.kind == "onnx" or items.records.dtype.kind != "f":
+    if bundle.head.kind == "onnx":
         raise ReleaseError(
-            f"release {document.id} has a {bundle.head.kind} head over {items.records.dtype} records, not scored here",
-            remedy="export a maxsim or cross_attention head and publish floats",
+            f"release {document.id} has a head of kind onnx, not scored here",
+            remedy="export a maxsim or cross_attention head",
         )
     if not document.bundle_id == bundle.id == items.owner:
         raise ReleaseError(

@@ -10,13 +10,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from cache.store import ReleaseStore
+from cache.errors import Awaited
+from cache.retry import STORE_PAUSE_S, Retry
+from cache.store import ReadableStore
 from model.errors import RankTowerError
 from service.errors import NotReady
 from service.ranker import Ranker
-
-STORE_PAUSE_S = 1.0  # before asking a store again that did not answer
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before trying a release again that was refused
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +38,6 @@ class Standing:
         return None if self.contact_s is None else monotonic() - self.contact_s
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """Which release or user table was refused, and when to try it again; another one may be tried at once."""
-
-    name: str | None = None
-    at_s: float = 0.0
-    pause_s: float = 0.0
-
-    def allows(self, name: str | None) -> bool:
-        return name != self.name or monotonic() >= self.at_s
-
-    def later(self, name: str | None) -> Retry:
-        again = name == self.name and self.pause_s > 0
-        pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S) if again else FIRST_PAUSE_S
-        return Retry(name, monotonic() + pause_s, pause_s)
-
-
 class Refresher:
     """A background thread that owns the one reference to the current Ranker.
 
@@ -64,7 +46,7 @@ class Refresher:
 
     def __init__(
         self,
-        store: ReleaseStore,
+        store: ReadableStore,
         cache_dir: Path,
         *,
         retrieval: bool = False,
@@ -72,12 +54,14 @@ class Refresher:
         on_swap: Callable[[Ranker], None] = lambda ranker: None,
         on_failure: Callable[[], None] = lambda: None,
         on_wait: Callable[[str], None] = lambda why: None,  # once, after the first look at the store
+        contact: Callable[[], float] = monotonic,  # when the store answered last, asked after it has
     ) -> None:
         self._store, self._cache_dir, self._retrieval, self._refresh_s = store, cache_dir, retrieval, refresh_s
-        self._on_swap, self._on_failure, self._on_wait = on_swap, on_failure, on_wait
+        self._on_swap, self._on_failure, self._on_wait, self._contact = on_swap, on_failure, on_wait, contact
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
         self._retry, self._users_retry = Retry(), Retry()
+        self._heard = 0  # failures of who fetches for this process, when the last of them was recorded here
         self._changed = threading.Condition()
         self.standing = Standing()
 
@@ -134,7 +118,7 @@ class Refresher:
             self._stand(reachable=False)
             self._record(error)
             return seen, STORE_PAUSE_S
-        self._stand(contact_s=monotonic(), reachable=True, current=seen)
+        self._stand(contact_s=self._contact(), reachable=True, current=seen)
         return seen, 0.0
 
     def _try(self, release_id: str | None) -> None:
@@ -143,6 +127,10 @@ class Refresher:
                 self.take_over(release_id)
             else:
                 self.follow_users()
+        except Awaited as news:
+            if news.failures not in (0, self._heard):
+                self._heard = news.failures
+                self._record(news)
         except Exception as error:  # the old release serves on
             self._record(error)
 
@@ -156,7 +144,11 @@ class Refresher:
         if serving is not None and serving.release == release_id:
             fits = self.follow_users()
         elif release_id is not None:  # a store without any release has lost all it had: that deletes no users here
-            self._take_release(release_id)
+            try:
+                self._take_release(release_id)
+            except Awaited:
+                self.follow_users()
+                raise
         self._retry = Retry()
         if fits and self.standing.failure is not None:
             self._stand(failure=None)
@@ -176,6 +168,8 @@ class Refresher:
             return False
         try:
             self._swap(ranker, version)
+        except Awaited:  # who fetches it keeps the pauses
+            raise
         except Exception:
             self._users_retry = self._users_retry.later(version)
             raise
@@ -190,6 +184,8 @@ class Refresher:
             # what serves stays until the next one comes: a rollback finds it here
             self._store.drop_cached(self._cache_dir, {release_id} | ({serving.release} if serving else set()))
             self._swap(ranker, self._store.users_version(ranker.spec.id))
+        except Awaited:
+            raise
         except Exception:
             self._retry = self._retry.later(release_id)
             raise

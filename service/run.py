@@ -1,21 +1,20 @@
-"""Run the service: listen on the address, then one process, or a supervisor and its workers on the same socket."""
+"""Run the service: listen on the address, then one process, or a supervisor and its processes on the same socket."""
 
 from __future__ import annotations
 
 import logging
 import logging.config
-import shutil
 import socket
+from functools import partial
 from typing import Any
 
 import uvicorn
-from uvicorn.supervisors import Multiprocess
 
 from service.app import create_app
 from service.errors import SettingsError
 from service.settings import Settings, unknown_variables
+from service.supervisor import Worker, serve_workers
 
-FACTORY = "service.app:from_environment"  # workers import it
 BACKLOG = 2048  # connections that the kernel keeps for us
 STOP_WITHIN_S = 10  # for requests that are still at work when the server stops
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -28,16 +27,12 @@ def run(settings: Settings) -> None:
     logging.config.dictConfig(log_config(settings.log_level))
     for name, remedy in unknown_variables():
         log.warning("%s is in the environment, but no setting: %s", name, remedy)
-    listener = listen(settings.host, settings.port)
-    settings = settings.model_copy(update={"port": listener.getsockname()[1]})
-    if settings.workers == 1:
-        uvicorn.Server(_config(create_app(settings), settings)).run(sockets=[listener])
-        return
-    metrics = settings.share()
-    try:
-        Multiprocess(_config(FACTORY, settings), sockets=[listener]).run()
-    finally:
-        shutil.rmtree(metrics, ignore_errors=True)
+    with listen(settings.host, settings.port) as listener:
+        settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+        if settings.workers == 1:
+            uvicorn.Server(_config(settings, create_app(settings))).run(sockets=[listener])
+        else:
+            serve_workers(settings, listener, partial(_config, settings), log_config(settings.log_level))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,10 +50,10 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _config(app: Any, settings: Settings) -> uvicorn.Config:
+def _config(settings: Settings, app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        factory=app == FACTORY,
+        factory=isinstance(app, Worker),
         workers=settings.workers,
         loop="uvloop",
         http="httptools",

@@ -4,22 +4,44 @@ from __future__ import annotations
 
 import difflib
 import os
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kernel import engine
+from kernel.errors import KernelError
 from service.errors import SettingsError
 
 PREFIX = "RANKTOWER_"
+Loaded = TypeVar("Loaded", bound=BaseSettings)
 
 
-class Settings(BaseSettings):
-    """Every setting with its default. Flags win over the environment."""
+class KernelSettings(BaseSettings):
+    """What every verb that scores or packs obeys, not `serve` alone."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    kernel: Literal["auto", "avx512-vnni", "avx512", "avx2", "portable", "numpy"] = Field(
+        default="auto", description="Level of the scoring kernel; auto takes the best that this processor has."
+    )
+    require_native: bool = Field(
+        default=False, description="Refuse to start where only the NumPy reference could score."
+    )
+
+    def choose_kernel(self) -> str:
+        """Select the level of this process; returns its name. Raises SettingsError where it cannot be had."""
+        try:
+            return engine.select(self.kernel, require_native=self.require_native)
+        except KernelError as error:
+            detail, _, remedy = str(error).rpartition(": ")
+            raise SettingsError(detail, field="kernel", remedy=remedy) from error
+
+
+class Settings(KernelSettings):
+    """Every setting with its default. Flags win over the environment."""
 
     store: str = Field(default="file://./var/releases", description="URL of the release store.")
     cache_dir: Path = Field(default=Path("var/cache"), description="Folder for what remote stores send.")
@@ -46,17 +68,12 @@ class Settings(BaseSettings):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
-    def share(self) -> Path:
-        """Hand these settings to worker processes, which read the environment.
-
-        Returns the folder through which they add up their metrics; it is the caller's to delete.
-        """
+    def share(self, metrics: Path) -> None:
+        """Hand these settings to worker processes, which read the environment and add up their metrics in a folder."""
         for name in type(self).model_fields:
             os.environ[f"{PREFIX}{name.upper()}"] = str(getattr(self, name))
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else each of N workers starts a thread for every core
-        metrics = tempfile.mkdtemp(prefix="ranktower-metrics-")
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
-        return Path(metrics)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
 
 
 def unknown_variables() -> list[tuple[str, str]]:
@@ -73,8 +90,17 @@ def unknown_variables() -> list[tuple[str, str]]:
 
 def load_settings(**given: Any) -> Settings:
     """Flags (None where not given) over the environment. Raises SettingsError naming the first wrong one."""
+    return _load(Settings, given)
+
+
+def load_kernel_settings() -> KernelSettings:
+    """What the environment says of the kernel. Raises SettingsError naming the first wrong one."""
+    return _load(KernelSettings, {})
+
+
+def _load(kind: type[Loaded], given: Mapping[str, Any]) -> Loaded:
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "?"

@@ -84,7 +84,7 @@ class Telemetry:
         self._staleness = Gauge(
             "ranktower_staleness_seconds",
             "Seconds since the store last answered this replica.",
-            multiprocess_mode="livemax",
+            multiprocess_mode="livemostrecent",  # of the worker that is asked: those of others are from when they were
             **within,
         )
         self._serving: tuple[str, str] | None = None

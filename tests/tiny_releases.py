@@ -14,6 +14,7 @@ from cache.release import BUNDLE, INDEX, ITEMS, USER_TABLE, seal_release
 from cache.snapshot import Snapshot, SnapshotWriter
 from cache.store import ReleaseStore
 from kernel.head import HeadSpec
+from kernel.record import Dtype, RecordLayout
 from model.bundle import Bundle, open_bundle
 from model.features import FeatureSpec, Field, IdType
 from tests.graphs import write_bundle
@@ -80,6 +81,7 @@ def tiny_release(
     calibration: Mapping[str, float] | None = None,
     warmup: Sequence[Mapping[str, Any]] | None = None,
     index: Any = "none",
+    dtype: Dtype = "f32",
     spec: FeatureSpec | None = None,
 ) -> TinyRelease:
     """Write `folder`/release and `folder`/users.snap; another seed gives other towers, so other scores."""
@@ -91,7 +93,7 @@ def tiny_release(
     bundle = open_bundle(made)
     columns: dict[str, Any] = {"item_id": item_ids, "price": np.arange(items) % 7}
     records = bundle.item_tower().embed(spec.encode("item", columns, items))
-    snapshot = write_table(release / ITEMS, "items", bundle.id, item_ids, records)
+    snapshot = write_table(release / ITEMS, "items", bundle.id, item_ids, records, head, dtype)
     if index != "none":
         build_index(snapshot, head, index, release / INDEX)
     seal_release(release, bundle_id=bundle.id, head=head, index=index)
@@ -112,14 +114,22 @@ def write_users(path: Path, spec: FeatureSpec, user_ids: list[Any], item_ids: li
     return path
 
 
-def write_table(path: Path, kind: Any, owner: str, ids: list[Any], records: np.ndarray) -> Snapshot:
-    """A snapshot file of these records (n, size), float32 or int32."""
+def write_table(
+    path: Path,
+    kind: Any,
+    owner: str,
+    ids: list[Any],
+    records: np.ndarray,
+    head: HeadSpec | None = None,
+    dtype: Dtype = "f32",
+) -> Snapshot:
+    """A snapshot file of these records (n, size): int32, or float32 to be packed for a head."""
     writer = SnapshotWriter(
         path,
         kind=kind,
         owner=owner,
         id_type="string" if isinstance(ids[0], str) else "int",
-        record_dtype="int32" if records.dtype == np.int32 else "f32",
+        layout=None if head is None else RecordLayout(head, dtype),
         record_size=records.shape[1],
     )
     with writer:

@@ -81,7 +81,7 @@ class Line:
         row = {**known, **body["context"], "history": body["history"], "user_id": body["user_id"]}
         record = bundle.user_tower().run(bundle.spec.encode_row("user", row)[None])[0]
         rows = items.lookup(np.array(body["candidates"]))
-        return score_oracle(bundle.head, record, items.records[rows])
+        return score_oracle(bundle.head, record, items.table(bundle.head).records(rows))
 
 
 @pytest.fixture(scope="module")

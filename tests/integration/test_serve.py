@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from cache.file_store import FileStore
+from tests.processes import READY, TIMEOUT_S, server
 from tests.tiny_releases import publish, tiny_release
-
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 60.0
-READY = re.compile(r"RankTower is ready at (http://\S+) with release (\S+):")
 
 
 @pytest.fixture(scope="module")
@@ -31,50 +21,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FileStore:
     return store
 
 
-@dataclass
-class Server:
-    """A running `ranktower serve` and what it has logged."""
-
-    process: subprocess.Popen[str]
-    lines: list[str]
-
-    def read_until(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Read the log up to a line; the pipe's end means that the process is gone."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := pattern.search(line):
-                return found
-        raise AssertionError("".join(self.lines))
-
-
-@contextmanager
-def server(store: FileStore, *flags: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "service.cli", "serve", "--store", store.url, "--port", "0", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        yield Server(process, [])
-    finally:
-        process.kill()
-        process.wait(TIMEOUT_S)
-        assert process.stderr is not None
-        process.stderr.close()
-
-
 def test_serve_says_where_it_is_ready_and_sigterm_drains_it(store: FileStore) -> None:
-    with server(store, "--drain-s", "0.5") as running:
+    with server(store.url, "--drain-s", "0.5") as running:
         url = running.read_until(READY)[1]
         with httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
             assert http.get("/readyz").json()["ready"] is True
             running.process.send_signal(signal.SIGTERM)
-            running.read_until(re.compile("draining"))
+            running.read_until("draining")
             assert http.get("/readyz").status_code == 503
             assert http.post("/v1/rank", json={"candidates": [100]}).status_code == 200
         assert running.process.wait(TIMEOUT_S) in (0, -signal.SIGTERM)
 
 
 def test_several_workers_answer_on_one_port_with_the_same_scores(store: FileStore) -> None:
-    with server(store, "--workers", "2", "--drain-s", "0") as running:
+    with server(store.url, "--workers", "2", "--drain-s", "0") as running:
         url = running.read_until(READY)[1]
         assert running.read_until(READY)[1] == url
         body: dict[str, Any] = {"user_id": 4, "candidates": [100, 101]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from time import perf_counter_ns
+from time import monotonic_ns, perf_counter_ns
 
 import pytest
 from hypothesis import given, settings
@@ -123,3 +123,10 @@ def test_a_permit_knows_when_its_request_is_late() -> None:
     permit.check_deadline(60_000)
     with pytest.raises(DeadlineExceeded, match="deadline_ms is 4"):
         permit.check_deadline(4)
+
+
+def test_the_end_of_a_deadline_counts_from_the_arrival() -> None:
+    permit = Permit(perf_counter_ns() - 70_000_000_000)
+    assert permit.ends_ns(None) == 0
+    assert permit.ends_ns(100_000) - monotonic_ns() == pytest.approx(30e9, abs=5e9)
+    assert permit.ends_ns(50_000) < monotonic_ns()

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kernel.ids import Texts
 from service.admission import Permit
 from service.answers import Answerer, Limits, answer_batch, answer_rank, answer_retrieve, encode_ranking
 from service.errors import DeadlineExceeded, RequestError
@@ -82,7 +85,8 @@ def test_the_answer_holds_what_the_ranking_holds() -> None:
         release="r1",
         user_known=None,
         candidates=3,
-        missing=[7],
+        scored=2,
+        missing=np.array([7]),
         ids=[5, 7],
         positions=np.array([2, 0], np.int32),
         scores=np.array([0.1, np.nan], np.float32),
@@ -105,6 +109,53 @@ def test_the_answer_holds_what_the_ranking_holds() -> None:
         "missing": [7],
         "counts": {"candidates": 3, "scored": 2, "returned": 2},
     }
+
+
+def made_ranking(count: int, **more: Any) -> Ranking:
+    scores = np.random.default_rng(0).normal(size=count).astype(np.float32)
+    given: dict[str, Any] = {
+        "release": "r1", "user_known": True, "candidates": count, "scored": count, "missing": np.empty(0, np.int64),
+        "ids": list(range(count)), "positions": np.arange(count, dtype=np.int32), "scores": scores,
+        "probabilities": None, "explanation": None,
+    }  # fmt: skip
+    return Ranking(**{**given, **more})
+
+
+@pytest.mark.parametrize("score", [0.1, -1e-30, 3.4e38, 1e-45, 16777216.0, 0.0])
+def test_a_score_reads_back_as_the_same_float32(score: float) -> None:
+    scores = np.array([score], np.float32)
+    answer = orjson.loads(encode_ranking(made_ranking(1, scores=scores)))
+    assert np.float32(answer["items"][0]["score"]) == scores[0]
+
+
+def test_what_a_ranking_does_not_have_is_absent() -> None:
+    answer = orjson.loads(encode_ranking(made_ranking(2, positions=None)))
+    assert [[*item] for item in answer["items"]] == [["id", "score"]] * 2
+    assert orjson.loads(encode_ranking(made_ranking(0)))["items"] == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=4)))
+def test_missing_texts_are_sent_as_they_came(texts: list[str]) -> None:
+    answer = orjson.loads(encode_ranking(made_ranking(0, missing=Texts.of(texts))))
+    assert answer["missing"] == texts
+
+
+def test_missing_texts_may_lie_anywhere_in_their_buffer() -> None:
+    missing = Texts.of(["a", "item-1", "", "ü", '"'])
+    answer = orjson.loads(encode_ranking(made_ranking(0, missing=missing[np.array([3, 1, 2])])))
+    assert answer["missing"] == ["ü", "item-1", ""]
+
+
+@pytest.mark.parametrize("missing", [[3, 4], np.array([3, 4]), np.array([3, 9, 4])[::2]])
+def test_missing_integers_are_sent_as_they_came(missing: Any) -> None:
+    ranking = made_ranking(0, missing=np.ascontiguousarray(missing) if isinstance(missing, np.ndarray) else missing)
+    assert orjson.loads(encode_ranking(ranking))["missing"] == [3, 4]
+
+
+def test_candidates_that_the_deadline_cut_off_are_counted_as_sent_alone() -> None:
+    answer = orjson.loads(encode_ranking(made_ranking(2, candidates=9, scored=4)))
+    assert answer["counts"] == {"candidates": 9, "scored": 4, "returned": 2}
 
 
 def test_stages_are_those_of_the_architecture(tmp_path: Path) -> None:

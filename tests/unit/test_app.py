@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cache.file_store import FileStore
+from kernel import engine
 from service.schema import BatchAnswer, RankAnswer, Ready, ReleaseAnswer, Sample
 from service.telemetry import STAGES
 from tests.services import TIMEOUT_S, Running, running, running_release
@@ -362,7 +363,7 @@ def test_a_release_without_an_index_is_told_where_retrieval_is_wanted(
 def test_readyz_tells_release_kernel_and_store(client: httpx.Client, service: Running) -> None:
     state = client.get("/readyz").json()
     assert state["ready"] is True
-    assert state["kernel"] == "numpy"
+    assert state["kernel"] == engine.level()
     assert state["retrieval"] is True
     assert state["users"]
     assert state["store"]["url"] == service.service.store.url
@@ -418,7 +419,7 @@ def test_metrics_count_requests_by_route_and_status(made: TinyRelease, tmp_path:
 
 def test_the_service_starts_where_torch_is_not_installed() -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'lightgbm', 'polars', 'onnx', 'onnxscript')))"
-    script = f"{blocked}; import service.app, service.cli; service.app.from_environment()"
+    script = f"{blocked}; import service.run, service.cli; service.run.create_app(service.run.Settings())"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 

@@ -6,11 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
+from cache.durable import (
+    holding,
+    is_held,
+    locked,
+    locked_now,
+    rename_durably,
+    replace_file,
+    sync_tree,
+    write_durably,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
@@ -24,10 +34,11 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replace", [write_durably, replace_file])
+def test_a_file_is_replaced_whole(tmp_path: Path, replace: Callable[[Path, bytes], None]) -> None:
     path = tmp_path / "current"
     for content in (b"first", b"second", b""):
-        write_durably(path, content)
+        replace(path, content)
         assert path.read_bytes() == content
     assert os.listdir(tmp_path) == ["current"]
 
@@ -66,3 +77,12 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         holder.send_signal(signal.SIGKILL)
     with locked(tmp_path / "lock"):
         pass
+
+
+def test_a_folder_is_held_as_long_as_its_holder_lives(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with holding(tmp_path):
+        assert is_held(tmp_path)
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -15,6 +15,7 @@ from cache.index import RetrievalIndex, build_index, item_vectors, queries, reca
 from cache.release import INDEX, ITEMS, RELEASE, IndexKind, index_kind, seal_release
 from cache.snapshot import Snapshot, SnapshotWriter
 from kernel.head import HeadSpec
+from kernel.record import RecordLayout
 from kernel.reference import score, top_k
 
 BUNDLE_ID = "b" * 16
@@ -47,7 +48,7 @@ def release_of(folder: Path, head: HeadSpec, kind: str, count: int = ITEMS_COUNT
     folder.mkdir()
     groups = np.random.default_rng(1).integers(0, GROUPS, count)
     with SnapshotWriter(
-        folder / ITEMS, kind="items", owner=BUNDLE_ID, id_type="int", record_size=head.item_size
+        folder / ITEMS, kind="items", owner=BUNDLE_ID, id_type="int", layout=RecordLayout(head, "f32")
     ) as writer:
         writer.append(np.arange(count), records(head, "item", groups, 2))
         snapshot = writer.finish()
@@ -91,7 +92,7 @@ def test_with_one_head_each_a_flat_index_is_exact(tmp_path: Path) -> None:
     snapshot = release_of(tmp_path / "release", head, "flat", count=500)
     index = RetrievalIndex.open(tmp_path / "release" / INDEX)
     for user in records(head, "user", np.arange(5), 6):
-        best = top_k(score(head, user, snapshot.records), 20)
+        best = top_k(snapshot.table(head).score(user, np.arange(len(snapshot), dtype=np.int32)), 20)
         assert index.search(user, 20).tolist() == sorted(best.tolist())
 
 
@@ -109,7 +110,7 @@ def test_recall_does_not_ask_which_of_equal_items_came_first(tmp_path: Path) -> 
     folder = tmp_path / "release"
     folder.mkdir()
     with SnapshotWriter(
-        folder / ITEMS, kind="items", owner=BUNDLE_ID, id_type="int", record_size=head.item_size
+        folder / ITEMS, kind="items", owner=BUNDLE_ID, id_type="int", layout=RecordLayout(head, "f32")
     ) as writer:
         writer.append(np.arange(600), np.tile(records(head, "item", np.arange(2), 2), (300, 1)))
         snapshot = writer.finish()
@@ -226,7 +227,9 @@ def test_recall_of_nothing_is_no_number(tmp_path: Path, users: int, items: int) 
     snapshot = Snapshot.open(tmp_path / "release" / ITEMS)
     if not items:
         path = tmp_path / "empty.snap"
-        with SnapshotWriter(path, kind="items", owner=BUNDLE_ID, id_type="int", record_size=head.item_size) as writer:
+        with SnapshotWriter(
+            path, kind="items", owner=BUNDLE_ID, id_type="int", layout=RecordLayout(head, "f32")
+        ) as writer:
             snapshot = writer.finish()
     index = RetrievalIndex.open(tmp_path / "release" / INDEX)
     with pytest.raises(StoreError, match=f"recall of {users} users over {items} items"):

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from cache.errors import StoreError
+from cache import retry
+from cache.errors import Awaited, StoreError
 from cache.file_store import FileStore
 from cache.release import BUNDLE
-from service import refresh
 from service.errors import NotReady
 from service.ranker import Ranker
-from service.refresh import Refresher, Retry
+from service.refresh import Refresher
 from service.wire import RankRequest
 from tests.tiny_releases import publish, tiny_release, tiny_spec, write_users
 
@@ -35,6 +35,7 @@ class Flaky(FileStore):
         self.users_asked = 0
         self.kept: list[set[str]] = []  # what local copies may stay, each time some are dropped
         self.wrong_users: Path | None = None  # the table to hand out instead of the right one
+        self.awaited: Awaited | None = None  # what is said of any release
 
     def _may(self, verb: str) -> None:
         if verb in self.broken:
@@ -48,6 +49,8 @@ class Flaky(FileStore):
 
     def fetch(self, release_id: str, *arguments: Any) -> Path:
         self._may("fetch")
+        if self.awaited is not None:
+            raise self.awaited
         self.fetched.append(release_id)
         return super().fetch(release_id, *arguments)
 
@@ -69,7 +72,7 @@ def store(tmp_path: Path) -> Flaky:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.refresh.STORE_PAUSE_S", 0.02)
-    monkeypatch.setattr("service.refresh.FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr("cache.retry.FIRST_PAUSE_S", 0.02)
 
 
 def refresher(store: FileStore, tmp_path: Path, **given: Any) -> Refresher:
@@ -223,6 +226,33 @@ def test_a_store_that_lost_everything_changes_nothing(store: Flaky, tmp_path: Pa
     assert subject.ranker() is serving
 
 
+def test_what_another_process_fetches_is_awaited_without_a_pause_of_its_own(store: Flaky, tmp_path: Path) -> None:
+    failures: list[None] = []
+    subject = refresher(store, tmp_path, on_failure=lambda: failures.append(None))
+    made = tiny_release(tmp_path / "made")
+    first = publish(made, store, users=False)
+    subject.take_over(first)
+    second = publish(tiny_release(tmp_path / "2", seed=2), store, users=False)
+    store.awaited = Awaited("on its way")
+    version = store.publish_users(made.users)
+    subject._try(second)
+    assert (subject.ranker().release, subject.standing.users) == (first, version)
+    assert subject.standing.failure is None
+    store.awaited = Awaited("it cannot be had", failures=3)
+    for _ in range(3):
+        subject._try(second)
+    assert (subject.standing.failure, subject.standing.failures, len(failures)) == ("it cannot be had", 1, 1)
+    store.awaited = None
+    subject._try(second)
+    assert subject.ranker().release == second
+    assert subject.standing.failure is None
+
+
+def test_the_store_answers_when_who_asks_it_says_so(store: Flaky, tmp_path: Path) -> None:
+    with started(refresher(store, tmp_path, contact=lambda: 7.0)) as until:
+        until(lambda standing: standing.contact_s == 7.0)
+
+
 def test_only_the_serving_release_and_the_one_before_stay_in_the_cache(store: Flaky, tmp_path: Path) -> None:
     subject = refresher(store, tmp_path)
     for seed in range(3):
@@ -243,7 +273,7 @@ def test_a_user_table_that_is_refused_is_tried_again_later(
     store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = [100.0]
-    monkeypatch.setattr("service.refresh.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("cache.retry.monotonic", lambda: now_s[0])
     subject = refresher(store, tmp_path)
     made = tiny_release(tmp_path / "made")
     release = publish(made, store, users=False)
@@ -254,19 +284,19 @@ def test_a_user_table_that_is_refused_is_tried_again_later(
         subject._try(release)  # as its thread does, each second
     assert (store.users_asked, subject.standing.failures) == (1, 1)
     assert "fetch_users fails" in (subject.standing.failure or "")
-    now_s[0] += refresh.FIRST_PAUSE_S
+    now_s[0] += retry.FIRST_PAUSE_S
     for _ in range(3):
         subject._try(release)
     assert (store.users_asked, subject.standing.failures) == (2, 2)
     store.broken.clear()
-    now_s[0] += 2 * refresh.FIRST_PAUSE_S
+    now_s[0] += 2 * retry.FIRST_PAUSE_S
     subject._try(release)
     assert subject.standing.users == version
     assert subject.standing.failure is None
 
 
 def test_another_user_table_is_tried_at_once(store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.refresh.monotonic", lambda: 100.0)
+    monkeypatch.setattr("cache.retry.monotonic", lambda: 100.0)
     subject = refresher(store, tmp_path)
     made = tiny_release(tmp_path / "made")
     release = publish(made, store, users=False)
@@ -284,7 +314,7 @@ def test_a_refused_user_table_does_not_put_off_a_refused_release(
     store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = [100.0]
-    monkeypatch.setattr("service.refresh.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("cache.retry.monotonic", lambda: now_s[0])
     subject = refresher(store, tmp_path)
     made = tiny_release(tmp_path / "made")
     subject.take_over(publish(made, store, users=False))
@@ -292,27 +322,13 @@ def test_a_refused_user_table_does_not_put_off_a_refused_release(
     store.broken |= {"fetch", "fetch_users"}
     subject._try(second)
     store.publish_users(made.users)
-    now_s[0] += 0.9 * refresh.FIRST_PAUSE_S
+    now_s[0] += 0.9 * retry.FIRST_PAUSE_S
     subject._try(second)  # only the users are tried
     assert subject.standing.failures == 2
     store.broken.clear()
-    now_s[0] += 0.1 * refresh.FIRST_PAUSE_S
+    now_s[0] += 0.1 * retry.FIRST_PAUSE_S
     subject._try(second)
     assert subject.ranker().release == second
-
-
-def test_a_refused_release_is_tried_again_later_and_another_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = [100.0]
-    monkeypatch.setattr("service.refresh.monotonic", lambda: now_s[0])
-    retry = Retry().later("r1")
-    assert not retry.allows("r1")
-    assert retry.allows("r2")
-    now_s[0] += refresh.FIRST_PAUSE_S
-    assert retry.allows("r1")
-    for _ in range(20):
-        retry = retry.later("r1")
-    assert retry.pause_s == refresh.LONGEST_PAUSE_S
-    assert retry.later("r2").pause_s == refresh.FIRST_PAUSE_S
 
 
 def test_failures_are_logged_with_what_serves(store: Flaky, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,18 +14,32 @@ from hypothesis import strategies as st
 
 from cache.errors import SnapshotError
 from cache.snapshot import FIRST_SALT, HEADER_BYTES, PIECE_BYTES, RECORDS_AT, Snapshot, SnapshotWriter, equal_pair
+from kernel.head import HeadSpec
+from kernel.record import DTYPES, Dtype, RecordLayout, pack
 from kernel.reference import hash_strings, mix
 
 OWNER = "0123456789abcdef"
 
 
-def write(path: Path, ids: Any, records: np.ndarray, *, batch: int = 7, **options: Any) -> Snapshot:
-    """A table written in batches."""
-    settings = {"kind": "items", "owner": OWNER, "id_type": "int", "record_size": records.shape[1], **options}
+def head_of(size: int) -> HeadSpec:
+    return HeadSpec(kind="maxsim", user_heads=1, item_heads=1, dim=size, scale=1.0)
+
+
+def write(
+    path: Path, ids: Any, records: np.ndarray, *, batch: int = 7, dtype: Dtype = "f32", **options: Any
+) -> Snapshot:
+    """A table written in batches: packed floats, or plain integers."""
+    size = records.shape[1]
+    form = {"layout": RecordLayout(head_of(size), dtype)} if records.dtype == np.float32 else {"record_size": size}
+    settings = {"kind": "items", "owner": OWNER, "id_type": "int", **form, **options}
     with SnapshotWriter(path, **settings) as writer:
         for start in range(0, len(ids), batch):
             writer.append(ids[start : start + batch], records[start : start + batch])
         return writer.finish()
+
+
+def unpacked(snapshot: Snapshot) -> np.ndarray:
+    return snapshot.table(head_of(snapshot.record_size)).records(np.arange(len(snapshot), dtype=np.int32))
 
 
 def some_records(count: int, size: int = 5, seed: int = 0) -> np.ndarray:
@@ -45,31 +59,46 @@ def test_every_record_is_found_by_its_id(tmp_path: Path, count: int, id_type: st
     assert len(snapshot) == count
     assert snapshot.lookup(ids).tolist() == list(range(count))
     assert snapshot.ids().tolist() == list(ids)
-    np.testing.assert_array_equal(snapshot.records, records)
+    np.testing.assert_array_equal(unpacked(snapshot), records)
     absent: Any = [-1, 10**15] if id_type == "int" else ["item", "", "x" * 5000]
     assert snapshot.lookup(absent).tolist() == [-1] * len(absent)
     snapshot.verify()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "made"), [("f32", np.float32), ("f16", np.float16), ("int8", np.int8), ("int32", np.int32)]
-)
 @pytest.mark.parametrize("size", [1, 16, 33, 128])
-def test_records_of_every_type_and_size_are_aligned(tmp_path: Path, dtype: str, made: type, size: int) -> None:
-    records = (100 * some_records(20, size)).astype(made)
-    snapshot = write(tmp_path / "t.snap", np.arange(20), records, record_dtype=dtype)
+def test_plain_records_are_aligned(tmp_path: Path, size: int) -> None:
+    records = (100 * some_records(20, size)).astype(np.int32)
+    snapshot = write(tmp_path / "t.snap", np.arange(20), records)
     np.testing.assert_array_equal(snapshot.records, records)
-    assert snapshot.records.dtype == made
     assert snapshot.records.strides[0] % 64 == 0
-    assert snapshot.records.ctypes.data % 64 == 0
-    assert snapshot.keys.ctypes.data % 64 == 0
-    assert snapshot.slots.ctypes.data % 64 == 0
+    for section in (snapshot.records, snapshot.keys, snapshot.slots):
+        assert section.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_records_lie_as_the_kernel_packs_them(tmp_path: Path, dtype: Dtype) -> None:
+    records = some_records(20, 33)
+    layout = RecordLayout(head_of(33), dtype)
+    snapshot = write(tmp_path / "t.snap", np.arange(20), records, dtype=dtype)
+    assert snapshot.dtype == dtype
+    np.testing.assert_array_equal(snapshot.rows, pack(layout, records))
+    with pytest.raises(SnapshotError, match="the head reads"):
+        snapshot.table(head_of(34))
+    with pytest.raises(SnapshotError, match="packed"):
+        _ = snapshot.records
+
+
+def test_rows_that_are_packed_already_are_written_as_they_are(tmp_path: Path) -> None:
+    layout, records = RecordLayout(head_of(5), "int8"), some_records(10)
+    packed = pack(layout, records)
+    with SnapshotWriter(tmp_path / "t.snap", kind="items", owner=OWNER, id_type="int", layout=layout) as writer:
+        writer.append(np.arange(10), packed)
+        snapshot = writer.finish()
+    np.testing.assert_array_equal(snapshot.rows, packed)
 
 
 def test_the_header_says_what_is_inside(tmp_path: Path) -> None:
-    snapshot = write(
-        tmp_path / "t.snap", ["a"], np.ones((1, 3), np.int32), id_type="string", kind="users", record_dtype="int32"
-    )
+    snapshot = write(tmp_path / "t.snap", ["a"], np.ones((1, 3), np.int32), id_type="string", kind="users")
     assert (snapshot.kind, snapshot.owner, snapshot.id_type, snapshot.record_size) == ("users", OWNER, "string", 3)
 
 
@@ -184,18 +213,22 @@ def test_a_record_that_is_not_finite_is_refused_with_its_item(tmp_path: Path, ba
 
 def test_a_float_too_large_for_the_record_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match="infinity"):
-        write(tmp_path / "t.snap", [1], np.array([[1e6]], np.float32), record_dtype="f16")
+        write(tmp_path / "t.snap", [1], np.array([[1e6]], np.float32), dtype="f16")
 
 
 def test_a_table_that_was_not_finished_does_not_appear(tmp_path: Path) -> None:
-    with SnapshotWriter(tmp_path / "t.snap", kind="items", owner=OWNER, id_type="int", record_size=5) as writer:
+    with SnapshotWriter(
+        tmp_path / "t.snap", kind="items", owner=OWNER, id_type="int", layout=RecordLayout(head_of(5), "f32")
+    ) as writer:
         writer.append([1, 2], some_records(2))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_records_of_another_shape_are_refused(tmp_path: Path) -> None:
     with (
-        SnapshotWriter(tmp_path / "t.snap", kind="items", owner=OWNER, id_type="int", record_size=5) as writer,
+        SnapshotWriter(
+            tmp_path / "t.snap", kind="items", owner=OWNER, id_type="int", layout=RecordLayout(head_of(5), "f32")
+        ) as writer,
         pytest.raises(SnapshotError, match=r"2 ids with records \(3, 5\)"),
     ):
         writer.append([1, 2], some_records(3))
@@ -243,7 +276,7 @@ def test_any_flipped_bit_of_the_header_is_refused(table: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "message"), [(8, 99, "format 99, this version reads 1"), (12, 0x04030201, "little-endian")]
+    ("place", "value", "message"), [(8, 99, "format 99, this version reads 2"), (12, 0x04030201, "little-endian")]
 )
 def test_another_version_or_byte_order_is_named(table: Path, place: int, value: int, message: str) -> None:
     whole = table.read_bytes()

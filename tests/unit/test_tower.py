@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,15 @@ def test_a_record_does_not_depend_on_its_neighbours(tmp_path: Path, count: int) 
     assert together.shape == (count, 24)
     for i in range(0, count, 37):
         np.testing.assert_array_equal(tower.embed(rows[i : i + 1])[0], together[i])
+
+
+def test_threads_that_share_a_tower_get_the_records_of_their_own_rows(tmp_path: Path) -> None:
+    write_tower(tmp_path / "user.onnx", sizes=[50, 50], size=24, seed=3)
+    tower = Tower(tmp_path / "user.onnx")
+    rows = np.random.default_rng(0).integers(0, 50, (2000, 1, 2)).astype(np.int32)
+    alone = [tower.run(row) for row in rows]
+    with ThreadPoolExecutor(4) as pool:
+        np.testing.assert_array_equal([*pool.map(tower.run, rows)], alone)
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import msgspec
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from kernel import candidates
+from kernel.ids import Texts
 from model.features import IdType
 from service.errors import MalformedBody, RequestError
 from service.schema import BatchBody, RankBody, RetrieveBody, UserBody
@@ -84,18 +86,39 @@ def recorded(kind: str, body: bytes, user_ids: IdType, item_ids: IdType) -> str 
 
 
 def decoded(kind: str, body: bytes, user_ids: IdType, item_ids: IdType) -> str | None:
-    model = BODIES[kind]
     try:
-        found = msgspec.to_builtins(getattr(decoders(user_ids, item_ids), kind)(body))
+        found = getattr(decoders(user_ids, item_ids), kind)(body)
     except RequestError:
         return None
     if kind == "batch":
-        return repr({"requests": [{name: part[name] for name in RankBody.model_fields} for part in found["requests"]]})
-    return repr({name: found[name] for name in model.model_fields})
+        return repr({"requests": [fields(part, item_ids) for part in found.requests]})
+    return repr(fields(found, item_ids))
+
+
+def fields(request: Any, item_ids: IdType) -> dict[str, Any]:
+    """What a request holds by name, its candidates as a list, whose bulk form is checked."""
+    found = {
+        name: getattr(request, name)
+        for name in BODIES["retrieve" if hasattr(request, "per_head") else "rank"].model_fields
+    }
+    if "candidates" in found:
+        assert isinstance(found["candidates"], np.ndarray if item_ids == "int" else Texts)
+        assert item_ids == "string" or found["candidates"].dtype == np.int64
+        found["candidates"] = found["candidates"].tolist()
+    return found
 
 
 def same(kind: str, body: bytes, user_ids: IdType, item_ids: IdType) -> None:
     assert decoded(kind, body, user_ids, item_ids) == recorded(kind, body, user_ids, item_ids)
+
+
+def outcome(kind: str, body: bytes, item_ids: IdType) -> str:
+    """What a decoder reads in a body, or all that it says in refusing it."""
+    try:
+        found = getattr(decoders("int", item_ids), kind)(body)
+    except RequestError as error:
+        return repr((type(error), error.detail, error.field, error.remedy))
+    return repr([fields(part, item_ids) for part in (found.requests if kind == "batch" else [found])])
 
 
 @pytest.mark.parametrize("user_ids", IDS)
@@ -130,6 +153,72 @@ def test_damaged_bodies_are_read_alike(document: dict[str, Any], at: int, damage
     if b'"' in damage:
         return  # it could name a field twice: the record keeps the last one, the decoder checks both
     same("rank", body, "int", "int")
+
+
+# --- the candidates taken out by the kernel
+
+PIECES = [b'"', b"\\", b"[", b"]", b"{", b"}", b":", b",", b"-", b"0", b"00", b"1.0", b"1e3", b"null", b"[]", b"[7]",
+          b" \n\t\r", b"candidates", b'"candidates":[8]', b'"candidates":[8],', b'"user":{"candidates":[9]},',
+          b'"requests":[{"candidates":[5]}],', b'"candi\\u0064ates":[3],', b"9223372036854775807",
+          b"9223372036854775808", b"-9223372036854775808", b"123456789012345678901234567890", b"\\u00fc", b"\xc3\xbc",
+          b"\xff", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"\x00", b"\x1f", b"\x7f", b'"x"', b"x" * 1025,
+          b"\xef\xbb\xbf"]  # fmt: skip
+
+
+def spaced(document: Any, draw: st.DataObject) -> bytes:
+    """JSON with blanks between its parts, or none, and with escapes, or none."""
+    space = draw.draw(st.sampled_from(["", " ", "\n\t ", "\r\n"]))
+    escaped = draw.draw(st.booleans())
+    return json.dumps(document, separators=(f"{space},{space}", f"{space}:{space}"), ensure_ascii=escaped).encode(
+        errors="surrogatepass"
+    )
+
+
+def damaged(body: bytes, draw: st.DataObject) -> bytes:
+    """The body with up to three places cut out, doubled, replaced, or with something put in."""
+    for _ in range(draw.draw(st.integers(0, 3))):
+        start = draw.draw(st.integers(0, len(body)))
+        end = draw.draw(st.integers(start, min(len(body), start + 12)))
+        new = draw.draw(st.one_of(st.sampled_from([*PIECES, body[start:end] * 2, b""]), st.binary(max_size=2)))
+        body = body[:start] + new + body[end:]
+    return body[: draw.draw(st.one_of(st.just(len(body)), st.integers(0, len(body))))]
+
+
+@pytest.mark.skipif(candidates.native is None, reason="the extension was not built")
+@pytest.mark.parametrize("item_ids", IDS)
+@pytest.mark.parametrize("kind", ["rank", "batch"])
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_the_fast_path_changes_neither_what_is_read_nor_what_is_said(
+    kind: str, item_ids: IdType, data: st.DataObject
+) -> None:
+    document: Any = data.draw(documents(RankBody, "int", item_ids))
+    if kind == "batch":
+        document = {"requests": [document, *data.draw(st.lists(documents(RankBody, "int", item_ids), max_size=2))]}
+    body = damaged(spaced(document, data), data)
+    fast = outcome(kind, body, item_ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "native", None)
+        assert fast == outcome(kind, body, item_ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "ids"),
+    [
+        ("rank", b'{"candidates":[1],"candidates":[2]}', [[2]]),
+        ("rank", b'{"candidates":[1],"candi\\u0064ates":[2]}', [[2]]),
+        ("rank", b'{"user":{"candidates":[1]},"candidates":[2],"context":{"candidates":[3]}}', [[2]]),
+        ("rank", b'{"on_missing":"last","context":{"a":"\\"candidates\\":[1]"},"candidates":[2]}', [[2]]),
+        ("batch", b'{"requests":[{"candidates":[1]}],"requests":[{"candidates":[2]}]}', [[2]]),
+        ("batch", b'{"requests":[],"requests":[{"candidates":[2]},{"candidates":[3]}]}', [[2], [3]]),
+        ("batch", b'{"requests":[{"candidates":[1],"user":{"candidates":[4]}},{"candidates":[]}]}', [[1], []]),
+        ("batch", b'{"requests":[]}', []),
+    ],
+)
+def test_candidates_are_those_of_their_place(kind: str, body: bytes, ids: list[list[int]]) -> None:
+    found: Any = getattr(decoders("int", "int"), kind)(body)
+    parts = found.requests if kind == "batch" else [found]
+    assert [part.candidates.tolist() for part in parts] == ids
 
 
 @pytest.mark.parametrize(

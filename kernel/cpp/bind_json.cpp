@@ -1,0 +1,94 @@
+// The Python side of json_candidates.h: ids leave as arrays, and where each list of candidates ends among them.
+
+#include "bind_json.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "json_candidates.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace ranktower {
+namespace {
+
+using Places = nb::ndarray<nb::numpy, int64_t, nb::ndim<1>, nb::c_contig>;
+using Ends = std::vector<size_t>;
+
+constexpr size_t long_body = 1 << 18;  // from here on others may run meanwhile: 100 us and more
+
+Places give(std::vector<int64_t>&& values) {
+    auto* kept = new std::vector<int64_t>(std::move(values));
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<int64_t>*>(p); });
+    return Places(kept->data(), {kept->size()}, owner);
+}
+
+// Takes what is between the arrays, and calls `read` for each; nothing where anything is unusual.
+template <class Read>
+bool split(const nb::bytes& body, int depth, std::string& rest, Read read) {
+    if (depth < 1 || depth > json::deepest) return false;
+    const char *first = body.c_str(), *kept = first;
+    std::optional<nb::gil_scoped_release> release;
+    if (body.size() >= long_body) release.emplace();
+    const bool plain = json::find_candidates(first, body.size(), depth, [&](const char* p, const char* end) {
+        rest.append(kept, p).append("[]");
+        return kept = read(p, end);
+    });
+    if (plain) rest.append(kept, first + body.size());
+    return plain;
+}
+
+using Integers = std::tuple<nb::bytes, Ends, Places>;
+
+std::optional<Integers> split_integers(const nb::bytes& body, int depth) {
+    std::string rest;
+    Ends ends;
+    std::vector<int64_t> ids;
+    ids.reserve(body.size() / 8);
+    const bool plain = split(body, depth, rest, [&](const char* p, const char* end) {
+        const char* after = json::read_integers(p, end, [&](int64_t id) { ids.push_back(id); });
+        ends.push_back(ids.size());
+        return after;
+    });
+    if (!plain) return std::nullopt;
+    return Integers(nb::bytes(rest.data(), rest.size()), std::move(ends), give(std::move(ids)));
+}
+
+using Texts = std::tuple<nb::bytes, Ends, Places, Places>;
+
+std::optional<Texts> split_texts(const nb::bytes& body, int depth) {
+    std::string rest;
+    Ends ends;
+    std::vector<int64_t> starts, sizes;
+    const char* origin = body.c_str();
+    starts.reserve(body.size() / 16), sizes.reserve(body.size() / 16);
+    const bool plain = split(body, depth, rest, [&](const char* p, const char* end) {
+        const char* after = json::read_texts(p, end, [&](const char* text, size_t size) {
+            starts.push_back(text - origin);
+            sizes.push_back(int64_t(size));
+        });
+        ends.push_back(starts.size());
+        return after;
+    });
+    if (!plain) return std::nullopt;
+    return Texts(nb::bytes(rest.data(), rest.size()), std::move(ends), give(std::move(starts)), give(std::move(sizes)));
+}
+
+}  // namespace
+
+void bind_json(nb::module_& m) {
+    m.def("split_integers", &split_integers, "body"_a, "depth"_a);
+    m.def("split_texts", &split_texts, "body"_a, "depth"_a);
+}
+
+}  // namespace ranktower

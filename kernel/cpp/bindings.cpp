@@ -1,0 +1,409 @@
+// The Python side of the kernel: checks every array before memory is touched, copies none, releases the interpreter.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bind_json.h"
+#include "index.h"
+#include "level.h"
+#include "pack.h"
+#include "rank.h"
+#include "record.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace ranktower {
+namespace {
+
+template <class T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Writable = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Made = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+void expect(const char* name, size_t found, size_t wanted) {
+    if (found != wanted)
+        refuse(std::string(name) + " has " + std::to_string(found) + " entries, not " + std::to_string(wanted));
+}
+
+template <class T>
+Made<T> give(std::vector<T>&& values) {
+    auto* kept = new std::vector<T>(std::move(values));
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+    return Made<T>(kept->data(), {kept->size()}, owner);
+}
+
+Kind kind_of(const std::string& name) {
+    if (name == "maxsim") return Kind::maxsim;
+    if (name == "cross_attention") return Kind::cross_attention;
+    refuse("head kind is '" + name + "': the kernel scores maxsim and cross_attention");
+}
+
+Dtype dtype_of(const std::string& name) {
+    if (name == "f32") return Dtype::f32;
+    if (name == "f16") return Dtype::f16;
+    if (name == "int8") return Dtype::int8;
+    refuse("dtype is '" + name + "': use f32, f16 or int8");
+}
+
+const Level& level_of(const std::string& name) {
+    const Level* const* all;
+    const size_t count = levels(&all);
+    for (size_t i = 0; i < count; ++i)
+        if (name == all[i]->name) {
+            if (!all[i]->supported()) refuse("this processor has no " + name);
+            return *all[i];
+        }
+    refuse("there is no level '" + name + "' in this build");
+}
+
+std::vector<std::pair<std::string, bool>> known_levels() {
+    const Level* const* all;
+    const size_t count = levels(&all);
+    std::vector<std::pair<std::string, bool>> known;
+    for (size_t i = 0; i < count; ++i) known.emplace_back(all[i]->name, all[i]->supported());
+    return known;
+}
+
+// --- records and ids
+
+size_t pack_rows(const Shape& shape, const Matrix<float>& records, const Rows& rows) {
+    expect("a record", records.shape(1), size_t(shape.item_size));
+    expect("a row", rows.shape(1), shape.stride);
+    expect("rows", rows.shape(0), records.shape(0));
+    nb::gil_scoped_release release;
+    return pack(shape, records.data(), records.shape(0), rows.data());
+}
+
+void check_slots(const Writable<const uint32_t>& slots, size_t keys) {
+    const size_t count = slots.shape(0);
+    if (count < 2 || (count & (count - 1)) || count < 2 * keys)
+        refuse(std::to_string(count) + " slots for " + std::to_string(keys) + " keys: a power of two of twice as many is needed");
+}
+
+size_t fill_slots(const Vector<uint64_t>& keys, const Writable<uint32_t>& slots) {
+    check_slots(Writable<const uint32_t>(slots), keys.shape(0));
+    if (keys.shape(0) >= 0xffffffff) refuse(std::to_string(keys.shape(0)) + " keys do not fit a 32-bit index");
+    nb::gil_scoped_release release;
+    return build_index(keys.data(), keys.shape(0), slots.data(), slots.shape(0) - 1);
+}
+
+struct TextArrays {
+    Vector<uint8_t> data;
+    Vector<int64_t> starts, sizes;
+
+    Texts texts() const {
+        expect("sizes", sizes.shape(0), starts.shape(0));
+        for (size_t i = 0; i < starts.shape(0); ++i) {
+            const int64_t start = starts.data()[i], size = sizes.data()[i];
+            if (start < 0 || size < 0 || start > int64_t(data.shape(0)) || size > int64_t(data.shape(0)) - start)
+                refuse("text " + std::to_string(i) + " lies outside of its buffer");
+        }
+        return {data.data(), starts.data(), sizes.data()};
+    }
+};
+
+Made<uint64_t> hashes(Vector<uint8_t> data, Vector<int64_t> starts, Vector<int64_t> sizes, uint64_t salt) {
+    const Texts texts = TextArrays{data, starts, sizes}.texts();
+    std::vector<uint64_t> keys(starts.shape(0));
+    {
+        nb::gil_scoped_release release;
+        hash_texts(texts, keys.size(), salt, keys.data());
+    }
+    return give(std::move(keys));
+}
+
+Made<int32_t> best_of(const Vector<float>& scores, size_t k) {
+    std::vector<int32_t> best(std::min<size_t>(k, scores.shape(0)));
+    {
+        nb::gil_scoped_release release;
+        const size_t count = scores.shape(0);
+        TopK keep(best.size());
+        std::vector<int32_t> positions(std::min(count, rank_block));
+        for (size_t start = 0; start < count; start += rank_block) {
+            const size_t n = std::min(rank_block, count - start);
+            for (size_t i = 0; i < n; ++i) positions[i] = int32_t(start + i);
+            keep.add(scores.data() + start, positions.data(), n);
+        }
+        std::vector<float> kept(best.size());
+        keep.finish(best.data(), kept.data());
+    }
+    return give(std::move(best));
+}
+
+// --- the table
+
+using RankedArrays = std::tuple<Made<int32_t>, Made<float>, Made<int32_t>, size_t>;
+
+RankedArrays arrays_of(Ranked&& ranked) {
+    return {give(std::move(ranked.positions)), give(std::move(ranked.scores)), give(std::move(ranked.missing)), ranked.seen};
+}
+
+// Where ids are found. Owns nothing: it keeps the arrays alive and reads them where they lie.
+class Ids {
+  public:
+    Ids(Vector<uint32_t> slots, Vector<uint64_t> keys, std::optional<Vector<uint64_t>> offsets,
+        std::optional<Vector<uint8_t>> text, uint64_t salt)
+        : slots_(slots), keys_(keys) {
+        check_slots(Writable<const uint32_t>(slots), keys.shape(0));
+        if (offsets.has_value() != text.has_value()) refuse("text ids need both offsets and text");
+        index_ = {slots.data(), slots.shape(0) - 1, keys.data(), keys.shape(0), nullptr, nullptr, salt};
+        if (offsets) {
+            expect("offsets", offsets->shape(0), keys.shape(0) + 1);
+            offsets_ = *offsets, text_ = *text;
+            index_.offsets = offsets_.data(), index_.text = text_.data();
+        }
+        check_content();
+    }
+
+    const Index& index() const { return index_; }
+    size_t size() const { return index_.count; }
+
+    Made<int32_t> find_ids(const Vector<int64_t>& ids) const {
+        need_integers(true);
+        return found(ids.shape(0), [&](size_t n, int32_t* rows) { lookup(index_, ids.data(), n, rows); });
+    }
+
+    Made<int32_t> find_texts(Vector<uint8_t> data, Vector<int64_t> starts, Vector<int64_t> sizes) const {
+        need_integers(false);
+        const Texts texts = TextArrays{data, starts, sizes}.texts();
+        return found(starts.shape(0), [&](size_t n, int32_t* rows) { lookup(index_, texts, n, rows); });
+    }
+
+    void need_integers(bool integers) const {
+        if (integers == (index_.offsets != nullptr))
+            refuse(integers ? "this table has text ids, got integers" : "this table has integer ids, got texts");
+    }
+
+  private:
+    // The file may be anybody's: a slot or an offset that leads out of it must be found before a request follows it.
+    void check_content() const {
+        nb::gil_scoped_release release;
+        bool free = false;
+        for (size_t i = 0; i <= index_.mask; ++i) {
+            free |= index_.slots[i] == 0;
+            if (index_.slots[i] > index_.count)
+                refuse("slot " + std::to_string(i) + " names row " + std::to_string(index_.slots[i]) + " of " +
+                       std::to_string(index_.count));
+        }
+        if (!free) refuse("no slot is free: a search for an unknown id would not end");
+        for (size_t i = 0; index_.offsets && i < index_.count; ++i)
+            if (index_.offsets[i] > index_.offsets[i + 1])
+                refuse("text " + std::to_string(i) + " ends before it begins");
+        if (index_.offsets && index_.offsets[index_.count] > text_.shape(0)) refuse("the last text ends outside of its buffer");
+    }
+
+    template <class Find>
+    static Made<int32_t> found(size_t count, Find find) {
+        std::vector<int32_t> rows(count);
+        {
+            nb::gil_scoped_release release;
+            find(count, rows.data());
+        }
+        return give(std::move(rows));
+    }
+
+    Vector<uint32_t> slots_;
+    Vector<uint64_t> keys_, offsets_;
+    Vector<uint8_t> text_;
+    Index index_{};
+};
+
+// Packed records and where their ids are found. Owns neither.
+class Table {
+  public:
+    Table(const Shape& shape, Matrix<uint8_t> rows, const Ids& ids, const std::string& level)
+        : shape_(shape), level_(level_of(level)), rows_(rows), ids_(ids), index_(ids.index()) {
+        expect("a row", rows.shape(1), shape.stride);
+        expect("rows", rows.shape(0), ids.size());
+    }
+
+    Made<float> score(const Vector<float>& user, const Vector<int32_t>& rows) const {
+        check_rows(rows);
+        std::vector<float> scores(rows.shape(0));
+        const auto prepared = prepare(user);
+        {
+            nb::gil_scoped_release release;
+            level_.score(shape_, prepared.get(), rows_.data(), rows.data(), scores.size(), scores.size(), scores.data());
+        }
+        return give(std::move(scores));
+    }
+
+    uint64_t touch(const Vector<int32_t>& rows) const {
+        check_rows(rows);
+        nb::gil_scoped_release release;
+        return level_.touch(shape_, rows_.data(), rows.data(), rows.shape(0));
+    }
+
+    nb::ndarray<nb::numpy, float, nb::ndim<2>, nb::c_contig> records(const Vector<int32_t>& rows) const {
+        check_rows(rows);
+        auto* kept = new std::vector<float>(rows.shape(0) * size_t(shape_.item_size));
+        nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
+        {
+            nb::gil_scoped_release release;
+            unpack(shape_, rows_.data(), rows.data(), rows.shape(0), kept->data());
+        }
+        return {kept->data(), {rows.shape(0), size_t(shape_.item_size)}, owner};
+    }
+
+    RankedArrays rank_ids(const Vector<float>& user, const Vector<int64_t>& ids, size_t k, int64_t deadline_ns) const {
+        ids_.need_integers(true);
+        return ranked(user, ids.shape(0), k, deadline_ns, [&](size_t start, size_t n, int32_t* rows) {
+            lookup(index_, ids.data() + start, n, rows);
+        });
+    }
+
+    RankedArrays rank_texts(const Vector<float>& user, Vector<uint8_t> data, Vector<int64_t> starts, Vector<int64_t> sizes,
+                            size_t k, int64_t deadline_ns) const {
+        ids_.need_integers(false);
+        const Texts texts = TextArrays{data, starts, sizes}.texts();
+        return ranked(user, starts.shape(0), k, deadline_ns, [&](size_t start, size_t n, int32_t* rows) {
+            lookup(index_, Texts{texts.data, texts.starts + start, texts.sizes + start}, n, rows);
+        });
+    }
+
+    // Lists of integer ids end to end, one for each row of users; equal to one by one.
+    std::vector<RankedArrays> rank_batch(const Matrix<float>& users, const Vector<int64_t>& ids, const Vector<int64_t>& ends,
+                                         const std::vector<size_t>& ks, int64_t deadline_ns) const {
+        ids_.need_integers(true);
+        expect("ends", ends.shape(0), users.shape(0));
+        expect("ks", ks.size(), users.shape(0));
+        expect("a user record", users.shape(1), size_t(shape_.user_size));
+        int64_t start = 0;
+        for (size_t i = 0; i < ends.shape(0); start = ends.data()[i++])
+            if (ends.data()[i] < start) refuse("list " + std::to_string(i) + " ends before it begins");
+        expect("ids", ids.shape(0), size_t(start));
+        std::vector<Ranked> results(users.shape(0));
+        {
+            nb::gil_scoped_release release;
+            for (size_t i = 0; i < results.size(); ++i) {
+                const int64_t* from = ids.data() + (i ? ends.data()[i - 1] : 0);
+                const auto find = [&](size_t at, size_t n, int32_t* rows) { lookup(index_, from + at, n, rows); };
+                const auto prepared = prepare(users.data() + i * shape_.user_size);
+                results[i] = ranktower::rank(level_, shape_, prepared.get(), rows_.data(), find,
+                                             size_t(ids.data() + ends.data()[i] - from), ks[i], deadline_ns);
+            }
+        }
+        std::vector<RankedArrays> arrays;
+        for (Ranked& result : results) arrays.push_back(arrays_of(std::move(result)));
+        return arrays;
+    }
+
+    const char* level() const { return level_.name; }
+
+  private:
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+
+    void check_rows(const Vector<int32_t>& rows) const {
+        for (size_t i = 0; i < rows.shape(0); ++i)
+            if (rows.data()[i] < 0 || size_t(rows.data()[i]) >= index_.count)
+                refuse("row " + std::to_string(rows.data()[i]) + " is not among " + std::to_string(index_.count));
+    }
+
+    std::unique_ptr<void, Free> prepare(const Vector<float>& user) const {
+        expect("the user record", user.shape(0), size_t(shape_.user_size));
+        return prepare(user.data());
+    }
+
+    std::unique_ptr<void, Free> prepare(const float* user) const {
+        const size_t bytes = (level_.prepared_bytes(shape_) + 63) / 64 * 64;
+        std::unique_ptr<void, Free> prepared(std::aligned_alloc(64, bytes));
+        if (!prepared) throw std::bad_alloc();
+        level_.prepare(shape_, user, prepared.get());
+        return prepared;
+    }
+
+    template <class Find>
+    RankedArrays ranked(const Vector<float>& user, size_t count, size_t k, int64_t deadline_ns, Find find) const {
+        Ranked result;
+        const auto prepared = prepare(user);
+        {
+            nb::gil_scoped_release release;
+            result = ranktower::rank(level_, shape_, prepared.get(), rows_.data(), find, count, k, deadline_ns);
+        }
+        return arrays_of(std::move(result));
+    }
+
+    Shape shape_;
+    const Level& level_;
+    Matrix<uint8_t> rows_;
+    const Ids& ids_;  // kept alive by the binding
+    const Index& index_;
+};
+
+void bind_records(nb::module_& m) {
+    nb::class_<Shape>(m, "Shape")
+        .def_ro("stride", &Shape::stride)
+        .def_ro("bytes", &Shape::bytes)
+        .def_ro("heads", &Shape::heads)
+        .def_ro("dims", &Shape::dims)
+        .def_ro("plain", &Shape::plain)
+        .def_ro("v_at", &Shape::v_at)
+        .def_ro("g_at", &Shape::g_at)
+        .def_ro("scales_at", &Shape::scales_at)
+        .def_ro("bias_at", &Shape::bias_at);
+    m.def(
+        "make_shape",
+        [](const std::string& kind, const std::string& dtype, int user_heads, int item_heads, int dim, bool bias, float scale) {
+            return make_shape(kind_of(kind), dtype_of(dtype), user_heads, item_heads, dim, bias, scale);
+        },
+        "kind"_a, "dtype"_a, "user_heads"_a, "item_heads"_a, "dim"_a, "bias"_a, "scale"_a);
+    m.def("pack", &pack_rows, "shape"_a, "records"_a.noconvert(), "rows"_a.noconvert());
+    m.def("build_index", &fill_slots, "keys"_a.noconvert(), "slots"_a.noconvert());
+    m.def("hash_texts", &hashes, "data"_a.noconvert(), "starts"_a.noconvert(), "sizes"_a.noconvert(), "salt"_a);
+    m.def("top_k", &best_of, "scores"_a.noconvert(), "k"_a);
+}
+
+void bind_table(nb::module_& m) {
+    nb::class_<Ids>(m, "Ids")
+        .def(nb::init<Vector<uint32_t>, Vector<uint64_t>, std::optional<Vector<uint64_t>>, std::optional<Vector<uint8_t>>, uint64_t>(),
+             "slots"_a.noconvert(), "keys"_a.noconvert(), "offsets"_a.noconvert().none(), "text"_a.noconvert().none(), "salt"_a)
+        .def("lookup", &Ids::find_ids, "ids"_a.noconvert())
+        .def("lookup_texts", &Ids::find_texts, "data"_a.noconvert(), "starts"_a.noconvert(), "sizes"_a.noconvert())
+        .def("__len__", &Ids::size);
+    nb::class_<Table>(m, "Table")
+        .def(nb::init<const Shape&, Matrix<uint8_t>, const Ids&, const std::string&>(), nb::keep_alive<1, 4>(), "shape"_a,
+             "rows"_a.noconvert(), "ids"_a, "level"_a)
+        .def("score", &Table::score, "user"_a.noconvert(), "rows"_a.noconvert())
+        .def("touch", &Table::touch, "rows"_a.noconvert())
+        .def("records", &Table::records, "rows"_a.noconvert())
+        .def("rank", &Table::rank_ids, "user"_a.noconvert(), "ids"_a.noconvert(), "k"_a, "deadline_ns"_a)
+        .def("rank_texts", &Table::rank_texts, "user"_a.noconvert(), "data"_a.noconvert(), "starts"_a.noconvert(),
+             "sizes"_a.noconvert(), "k"_a, "deadline_ns"_a)
+        .def("rank_batch", &Table::rank_batch, "users"_a.noconvert(), "ids"_a.noconvert(), "ends"_a.noconvert(), "ks"_a,
+             "deadline_ns"_a)
+        .def_prop_ro("level", &Table::level);
+}
+
+}  // namespace
+}  // namespace ranktower
+
+NB_MODULE(_native, m) {
+    m.doc() = "The native kernel. kernel/engine.py is its door.";
+    m.def("levels", &ranktower::known_levels);
+    ranktower::bind_records(m);
+    ranktower::bind_table(m);
+    ranktower::bind_json(m);
+}

@@ -1,0 +1,165 @@
+// One instruction set: this file is compiled once for each, with RANKTOWER_LEVEL naming it. Nothing from the standard
+// library that could be instantiated here is used: the linker keeps one copy of it, and that would be anybody's.
+
+#include "level.h"
+
+namespace ranktower::RANKTOWER_LEVEL {
+// 2^f for f within -1/2 to 1/2, least relative error (7.5e-8), fitted for this purpose
+constexpr float exp2_0 = 1.000000072f, exp2_1 = 0.6931469671f, exp2_2 = 0.2402211972f;
+constexpr float exp2_3 = 0.05550713274f, exp2_4 = 0.009675541333f, exp2_5 = 0.001327647187f;
+}  // namespace ranktower::RANKTOWER_LEVEL
+
+#if defined(__AVX512F__)
+#include "lanes_avx512.h"
+#elif defined(__AVX2__)
+#include "lanes_avx2.h"
+#else
+#include "lanes_portable.h"
+#endif
+
+#include "cross_attention.h"
+#include "maxsim.h"
+
+namespace ranktower {
+namespace RANKTOWER_LEVEL {
+namespace {
+
+constexpr size_t line = 64;
+
+inline size_t ahead_of(const Shape& s) {  // records under way: about 64 lines
+    const size_t lines = s.stride / line + 1;
+    return lines >= 16 ? 4 : 64 / lines;
+}
+
+inline void prefetch_record(const uint8_t* record, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += line) prefetch(record + at);
+    prefetch(record + bytes - 1);
+}
+
+// One loop over the candidates, `batch` at a time: `score(records, n, scores)`. Records are prefetched a little ahead.
+template <int batch, class Scorer>
+INLINE void each(const Shape& s, const uint8_t* table, const int32_t* rows, size_t count, size_t soon, float* scores,
+                 Scorer score) {
+    const size_t ahead = ahead_of(s) < batch ? batch : ahead_of(s);
+    for (size_t start = 0; start < count; start += batch) {
+        const size_t n = batch == 1 || count - start >= batch ? batch : count - start;
+        const uint8_t* records[batch];
+        for (size_t i = 0; i < n; ++i) {
+            if (start + i + ahead < soon) prefetch_record(table + size_t(rows[start + i + ahead]) * s.stride, s.bytes);
+            records[i] = table + size_t(rows[start + i]) * s.stride;
+        }
+        score(records, int(n), scores + start);
+        for (size_t i = 0; s.bias && i < n; ++i) {
+            float bias;
+            __builtin_memcpy(&bias, records[i] + s.bias_at, 4);
+            scores[start + i] += bias;
+        }
+    }
+}
+
+template <int H, int D, class Value>
+void score_maxsim(const Shape& s, const uint8_t* user, const uint8_t* table, const int32_t* rows, size_t count,
+                  size_t soon, float* scores) {
+    each<1>(s, table, rows, count, soon, scores, [&](const uint8_t* const* records, int, float* to) {
+        *to = maxsim<H, D>(s, user, (const Value*)*records);
+    });
+}
+
+template <int H, int D, class Value, int blocks>
+void score_cross(const Shape& s, const uint8_t* user, const uint8_t* table, const int32_t* rows, size_t count,
+                 size_t soon, float* scores) {
+    const auto cross = make_cross<H, D, Value, blocks>(s, user);
+    each<batch_of<blocks>>(s, table, rows, count, soon, scores,
+                           [&](const uint8_t* const* records, int n, float* to) { cross.score(records, n, to); });
+}
+
+using Score = void (*)(const Shape&, const uint8_t*, const uint8_t*, const int32_t*, size_t, size_t, float*);
+
+template <int H, int D, class Value>
+Score of_kind(const Shape& s) {
+    if (s.kind == Kind::maxsim) return score_maxsim<H, D, Value>;
+    const int blocks = blocks_of(s);
+    if (blocks == 1) return score_cross<H, D, Value, 1>;
+    if (blocks == 2 && D > 0) return score_cross<H, D, Value, 2>;
+    return score_cross<H, 0, Value, most_blocks>;
+}
+
+template <int H, int D>
+Score of_dtype(const Shape& s) {
+    return s.dtype == Dtype::f32   ? of_kind<H, D, float>(s)
+           : s.dtype == Dtype::f16 ? of_kind<H, D, uint16_t>(s)
+                                   : of_kind<H, D, int8_t>(s);
+}
+
+template <int H>
+Score of_dim(const Shape& s) {  // the usual dims are compiled in
+#if defined(__AVX2__) || defined(__AVX512F__)
+    if constexpr (H <= 8) {
+        if (s.dim == 32) return of_dtype<H, 32>(s);
+        if (s.dim == 64) return of_dtype<H, 64>(s);
+    }
+#endif
+    return of_dtype<H, 0>(s);
+}
+
+void score(const Shape& s, const void* prepared, const uint8_t* table, const int32_t* rows, size_t count, size_t soon,
+           float* scores) {
+    for (size_t i = 0; i < (ahead_of(s) < 8 ? 8 : ahead_of(s)) && i < soon; ++i)
+        prefetch_record(table + size_t(rows[i]) * s.stride, s.bytes);
+    const Score all = s.heads == 1   ? of_dim<1>(s)
+                      : s.heads == 2 ? of_dim<2>(s)
+                      : s.heads == 4 ? of_dim<4>(s)
+                      : s.heads == 8 ? of_dim<8>(s)
+                                     : of_dim<16>(s);
+    all(s, (const uint8_t*)prepared, table, rows, count, soon, scores);
+}
+
+uint64_t touch(const Shape& s, const uint8_t* table, const int32_t* rows, size_t count) {
+    const size_t ahead = ahead_of(s);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < count; ++i) {
+        if (i + ahead < count) prefetch_record(table + size_t(rows[i + ahead]) * s.stride, s.bytes);
+        const uint8_t* record = table + size_t(rows[i]) * s.stride;
+        for (size_t at = 0; at < s.bytes; at += line) sum += record[at];
+        sum += record[s.bytes - 1];
+    }
+    return sum;
+}
+
+size_t prepared_bytes(const Shape& s) {
+    return s.kind == Kind::maxsim ? blocks_of(s) * maxsim_block_bytes(size_of(s), s.dtype == Dtype::int8)
+                                    : cross_layout(size_of(s), blocks_of(s), s.dtype == Dtype::int8).bytes;
+}
+
+void prepare(const Shape& s, const float* user, void* prepared) {
+    if (s.kind == Kind::maxsim) maxsim_prepare(s, user, (uint8_t*)prepared);
+    else cross_prepare(s, user, (uint8_t*)prepared);
+}
+
+bool supported() {
+#if defined(__AVX512F__)
+    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(__AVX512VNNI__)
+    return has && __builtin_cpu_supports("avx512vnni");
+#else
+    return has;
+#endif
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return true;
+#endif
+}
+
+}  // namespace
+}  // namespace RANKTOWER_LEVEL
+
+#define NAME_OF_(level) level##_level
+#define NAME_OF(level) NAME_OF_(level)
+extern const Level NAME_OF(RANKTOWER_LEVEL);
+const Level NAME_OF(RANKTOWER_LEVEL) = {RANKTOWER_LEVEL_NAME,       RANKTOWER_LEVEL::supported, RANKTOWER_LEVEL::prepared_bytes,
+                                        RANKTOWER_LEVEL::prepare,   RANKTOWER_LEVEL::score,     RANKTOWER_LEVEL::touch};
+
+}  // namespace ranktower

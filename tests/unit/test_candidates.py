@@ -1,0 +1,109 @@
+"""The candidates of a body, taken out by the kernel: places, kinds of ids, and all that it leaves to a decoder."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel import candidates
+from kernel.candidates import BATCH_DEPTH, RANK_DEPTH, split_candidates
+
+needs_native = pytest.mark.skipif(candidates.native is None, reason="the extension was not built")
+
+
+def split(body: bytes, depth: int = RANK_DEPTH, *, texts: bool = False) -> tuple[bytes, list[list[Any]]] | None:
+    found = split_candidates(body, depth, texts=texts)
+    return found and (found[0], [ids.tolist() for ids in found[1]])
+
+
+@needs_native
+@pytest.mark.parametrize("texts", [False, True])
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_what_is_split_can_be_put_together(texts: bool, data: st.DataObject) -> None:
+    ids = st.text(st.characters(exclude_characters='"\\', min_codepoint=32, exclude_categories=["Cs"]), max_size=20)
+    lists = data.draw(st.lists(st.lists(ids if texts else st.integers(-(2**63), 2**63 - 1)), max_size=3))
+    space = data.draw(st.sampled_from(["", " ", "\n\t"]))
+    first = ["x"] if texts else [1]
+    document = {"a": ["candidates", {"candidates": first}], "b": [{"x": "", "candidates": one} for one in lists]}
+    body = json.dumps(document, separators=(f"{space},{space}", f":{space}"), ensure_ascii=False).encode()
+    rest, found = split(body, BATCH_DEPTH, texts=texts) or (b"", [])
+    emptied = {"a": ["candidates", {"candidates": []}], "b": [{"x": "", "candidates": []} for _ in lists]}
+    assert json.loads(rest) == emptied
+    assert found == [first, *lists]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("body", "ids"),
+    [
+        (b'{"candidates":[]}', []),
+        (b' { "candidates" : [ 1 , -2 ] } ', [1, -2]),
+        (b'{"candidates":[0,9223372036854775807,-9223372036854775808]}', [0, 2**63 - 1, -(2**63)]),
+        (b'{"candidates":[12345678,123456789,1234567890123456,12345678901234567]}',
+         [12345678, 123456789, 1234567890123456, 12345678901234567]),
+        (b'{"candidates":[12345678]}', [12345678]),
+    ],
+)  # fmt: skip
+def test_integers_of_any_length_are_read(body: bytes, ids: list[int]) -> None:
+    assert split(body) == (b'{"candidates":[]}' if b" " not in body else b' { "candidates" : [] } ', [ids])
+
+
+@needs_native
+def test_all_integers_near_a_power_of_ten_are_read() -> None:
+    ids = [sign * (10**k + d) for k in range(19) for d in (-1, 0, 1) for sign in (1, -1) if 10**k + d]
+    assert split(json.dumps({"candidates": ids}).encode()) == (b'{"candidates": []}', [ids])
+
+
+@needs_native
+@pytest.mark.parametrize("octets", [*range(18), 1024])
+def test_texts_of_any_length_are_read(octets: int) -> None:
+    text = ("abcdefgh" * 128)[:octets]
+    assert split(f'{{"candidates":["{text}","é€😀"]}}'.encode(), texts=True) == (b'{"candidates":[]}', [[text, "é€😀"]])
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "ids",
+    ["01", "-0", "00", "1.0", "1e3", "1E3", "-", "+1", "9223372036854775808", "-9223372036854775809", "1" * 20,
+     "1" * 400, "1,", ",1", "1 2", "1,,2", "null", "true", '"a"', "[1]", "{}", "0x1", "1\x00", "1\x0b"],
+)  # fmt: skip
+def test_odd_integers_are_left_to_the_decoder(ids: str) -> None:
+    assert split(f'{{"candidates":[{ids}]}}'.encode()) is None
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "ids",
+    [b'"\\n"', b'"\\u0041"', b'"\x1f"', b'"\x00"', b'"\n"', b'"\xff"', b'"\xc3"', b'"\xc0\x80"', b'"\xe0\x80\x80"',
+     b'"\xed\xa0\x80"', b'"\xf4\x90\x80\x80"', b'"\xf0\x80\x80\x80"', b'"\xf0\x9f\x98"', b'"\x80"', b'"a" "b"',
+     b'"a",', b"1", b"null", b'"' + b"x" * 1025 + b'"', b'"' + "ü".encode() * 513 + b'"'],
+)  # fmt: skip
+def test_odd_texts_are_left_to_the_decoder(ids: bytes) -> None:
+    assert split(b'{"candidates":[' + ids + b"]}", texts=True) is None
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "body",
+    [b'{"candidates":[1],"candidates":[2]}', b'{"candidates":[1],"candi\\u0064ates":[2]}', b'{"candidates":null}',
+     b'{"candidates":', b'{"candidates":[', b'{"candidates":[1', b'{"candidates":[1]', b'{"candidates', b'{"a":"\\',
+     b'{"candidates":[1]]', b"]", b'{"a":' + b"[" * 64 + b"]" * 64 + b"}"],
+)  # fmt: skip
+def test_odd_bodies_are_left_to_the_decoder(body: bytes) -> None:
+    assert split(body) is None
+
+
+@needs_native
+@pytest.mark.parametrize("body", [b"", b"[]", b'"candidates"', b'{"user":{"candidates":[1]}}', b'[{"candidates":[1]}]'])
+def test_only_the_wanted_depth_counts(body: bytes) -> None:
+    assert split(body) == (body, [])
+
+
+def test_without_the_extension_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "native", None)
+    assert split_candidates(b'{"candidates":[1]}', RANK_DEPTH, texts=False) is None

@@ -1,0 +1,391 @@
+"""Every level against the float64 reference: scores, lookups, the best k, deadlines; and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic_ns
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernel import engine, record, reference
+from kernel.engine import Index, open_index, open_table
+from kernel.errors import KernelError
+from kernel.head import HeadKind
+from kernel.ids import Texts
+from kernel.record import DTYPES, Dtype, RecordLayout
+from tests.kernels import COUNTS, KINDS, NATIVE, SHAPES, head_of, index_of, made, table_of
+
+TOLERANCE: dict[Dtype, float] = {"f32": 1e-5, "f16": 1e-3, "int8": 1e-4}  # in Hu * scale; int8 against what is stored
+
+
+@pytest.fixture(params=engine.levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = engine.level()
+    yield engine.select(request.param)
+    engine.select(before)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_the_reference(level: str, kind: HeadKind, dtype: Dtype) -> None:
+    for shape in SHAPES:
+        head = head_of(kind, shape, bias=sum(shape) % 2 == 0)
+        user, items = made(head, max(COUNTS))
+        table = table_of(head, dtype, items)
+        rows = np.arange(len(items), dtype=np.int32)
+        exact = items if dtype != "int8" else table.records(rows)
+        expected = reference.score_oracle(head, user, exact)
+        for count in COUNTS:
+            found = table.score(user, rows[:count])
+            assert found.dtype == np.float32
+            error = np.abs(found - expected[:count]).max(initial=0)
+            assert error <= TOLERANCE[dtype] * head.user_heads * head.scale, (shape, count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_raw_vectors_score_as_well_as_unit_ones(level: str, kind: HeadKind) -> None:
+    head = head_of(kind, (4, 4, 32), scale=1.0)
+    rng = np.random.default_rng(5)
+    user, items = 30 * rng.standard_normal(head.user_size), 30 * rng.standard_normal((50, head.item_size))
+    user, items = user.astype(np.float32), items.astype(np.float32)
+    expected = reference.score_oracle(head, user, items)
+    found = table_of(head, "f32", items).score(user, np.arange(50, dtype=np.int32))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+
+
+def test_a_score_does_not_depend_on_its_neighbours(level: str) -> None:
+    for kind in KINDS:
+        head = head_of(kind, (4, 3, 32))
+        user, items = made(head, 40)
+        table = table_of(head, "int8", items)
+        rows = np.random.default_rng(0).integers(0, 40, 100).astype(np.int32)
+        alone = np.concatenate([table.score(user, rows[k : k + 1]) for k in range(100)])
+        np.testing.assert_array_equal(table.score(user, rows), alone)
+
+
+@pytest.mark.skipif(len(NATIVE) < 2, reason="one native level only")
+def test_int8_maxsim_is_the_same_on_every_native_level() -> None:
+    head = head_of("maxsim", (4, 4, 32))
+    user, items = made(head, 200)
+    found = []
+    before = engine.level()
+    for name in NATIVE:
+        engine.select(name)
+        found.append(table_of(head, "int8", items).score(user, np.arange(200, dtype=np.int32)))
+    engine.select(before)
+    for other in found[1:]:
+        np.testing.assert_allclose(
+            other, found[0], rtol=1e-6, atol=1e-6
+        )  # exact sums, rounded once or twice after them
+
+
+def test_zero_vectors_score_zero_instead_of_nan(level: str) -> None:
+    for dtype in DTYPES:
+        head = head_of("cross_attention", (2, 2, 8))
+        table = table_of(head, dtype, np.zeros((3, head.item_size), np.float32))
+        scores = table.score(np.zeros(head.user_size, np.float32), np.arange(3, dtype=np.int32))
+        assert scores.tolist() == [0, 0, 0]
+
+
+def test_affinities_of_hundreds_do_not_overflow(level: str) -> None:
+    head = head_of("cross_attention", (2, 2, 16))
+    user, items = made(head, 20)
+    user[3 * 32 :] *= 300
+    expected = reference.score_oracle(head, user, items)
+    found = table_of(head, "f32", items).score(user, np.arange(20, dtype=np.int32))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_records_come_back(level: str, kind: HeadKind) -> None:
+    for dtype in DTYPES:
+        layout = RecordLayout(head_of(kind, (2, 3, 12), bias=True), dtype)
+        _, items = made(layout.head, 9)
+        rows = np.array([8, 0, 3, 3], np.int32)
+        expected = record.unpack(layout, engine.pack(layout, items)[rows])
+        np.testing.assert_array_equal(table_of(layout.head, dtype, items).records(rows), expected)
+
+
+def test_a_table_beyond_four_gigabytes_is_read_to_its_end(tmp_path: Path, level: str) -> None:
+    head = head_of("maxsim", (2, 16, 256))
+    layout = RecordLayout(head, "f32")
+    count = (1 << 32) // layout.stride + 1000
+    user, items = made(head, 4)
+    path = tmp_path / "sparse"
+    with path.open("wb") as stream:
+        stream.truncate(count * layout.stride)
+        stream.seek((count - 4) * layout.stride)
+        stream.write(engine.pack(layout, items).data)
+    rows = np.memmap(path, np.uint8, "r", shape=(count, layout.stride))
+    table = open_table(layout, rows, index_of(np.arange(count)))
+    ids = np.arange(count - 4, count)
+    expected = reference.score_oracle(head, user, items)
+    np.testing.assert_allclose(table.score(user, ids.astype(np.int32)), expected, atol=1e-4)
+    np.testing.assert_allclose(table.rank(user, ids, 4).scores, np.sort(expected)[::-1], atol=1e-4)
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    keys=st.sets(st.integers(-(2**63), 2**63 - 1), max_size=200),
+    others=st.sets(st.integers(-(2**63), 2**63 - 1), max_size=20),
+)
+def test_every_level_finds_the_same_rows(keys: set[int], others: set[int]) -> None:
+    ids = np.array(sorted(keys), np.int64)
+    slots = engine.build_index(ids.view(np.uint64))
+    assert len(slots) == reference.slot_count(len(ids))
+    wanted = np.array([*sorted(keys, reverse=True), *sorted(others - keys)], np.int64)
+    expected = reference.lookup(slots, ids.view(np.uint64), wanted.view(np.uint64))
+    np.testing.assert_array_equal(open_index(Index(slots, ids.view(np.uint64))).lookup(wanted), expected)
+    assert expected.tolist() == [*range(len(ids))][::-1] + [-1] * len(others - keys)
+
+
+@given(st.lists(st.text(max_size=30), unique=True, max_size=50), st.integers(0, 2**64 - 1))
+def test_texts_are_hashed_and_compared_alike(texts: list[str], salt: int) -> None:
+    stored = Texts.of(texts)
+    keys = engine.hash_texts(stored, salt)
+    assert keys.tolist() == reference.hash_strings(texts, salt).tolist()
+    offsets = np.concatenate([stored.starts, [len(stored.data)]]).astype(np.uint64)
+    finder = open_index(Index(engine.build_index(keys), keys, offsets, stored.data, salt))
+    assert finder.lookup(stored[::-1]).tolist() == [*range(len(texts))][::-1]
+    absent = [text + "!" for text in texts if text + "!" not in texts]
+    assert finder.lookup(Texts.of(absent)).tolist() == [-1] * len(absent)
+
+
+def test_equal_hashes_prove_nothing(level: str) -> None:
+    stored, wanted = Texts.of(["abc"]), Texts.of(["abd"])
+    keys = engine.hash_texts(wanted, 1)  # as if both had one hash
+    finder = open_index(Index(engine.build_index(keys), keys, np.array([0, 3], np.uint64), stored.data, 1))
+    assert finder.lookup(wanted).tolist() == [-1]
+
+
+def test_repeated_keys_are_refused() -> None:
+    with pytest.raises(ValueError, match="repeat"):
+        engine.build_index(np.array([3, 4, 3], np.uint64))
+
+
+# --- the best k ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    scores=st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, float("-inf"), float("inf")]), max_size=300),
+    k=st.integers(-2, 400),
+)
+def test_top_k_is_a_stable_sort_cut_at_k(scores: list[float], k: int) -> None:
+    expected = sorted(range(len(scores)), key=lambda i: -scores[i])[: max(k, 0)]
+    assert engine.top_k(np.array(scores, np.float32), k).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [False, True])
+def test_a_ranking_is_lookup_score_and_top_k(level: str, kind: HeadKind, text: bool) -> None:
+    head = head_of(kind, (4, 4, 32), bias=True)
+    user, items = made(head, 700)
+    items[100:200] = items[:100]  # ties
+    keys = np.random.default_rng(3).permutation(5000)[:700]
+    if text:
+        stored = Texts.of([f"item/{key}" for key in keys.tolist()])
+        offsets = np.concatenate([stored.starts, [len(stored.data)]]).astype(np.uint64)
+        hashes = engine.hash_texts(stored, 7)
+        index = Index(engine.build_index(hashes), hashes, offsets, stored.data, 7)
+        layout = RecordLayout(head, "f16")
+        table = open_table(layout, engine.pack(layout, items), open_index(index))
+    else:
+        table = table_of(head, "f16", items, keys)
+    for count in (0, 1, 255, 256, 257, 2000):
+        wanted = np.random.default_rng(count).integers(0, 5000, count)  # unknown ids and duplicates among them
+        ids: Any = Texts.of([f"item/{key}" for key in wanted.tolist()]) if text else wanted
+        rows = table.lookup(ids)
+        known = np.flatnonzero(rows >= 0)
+        scores = table.score(user, rows[known])
+        for k in (0, 1, 10, 5000):
+            ranked = table.rank(user, ids, k)
+            best = reference.top_k(scores, k)
+            np.testing.assert_array_equal(ranked.positions, known[best])
+            np.testing.assert_array_equal(ranked.scores, scores[best])
+            np.testing.assert_array_equal(ranked.missing, np.flatnonzero(rows < 0))
+            assert ranked.seen == count
+
+
+def test_a_batch_equals_one_by_one(level: str) -> None:
+    head = head_of("cross_attention", (2, 4, 16))
+    _, items = made(head, 300)
+    users = np.stack([made(head, 0, seed)[0] for seed in range(5)])
+    table = table_of(head, "int8", items)
+    rng = np.random.default_rng(0)
+    lists: list[Any] = [rng.integers(-50, 300, count) for count in (0, 700, 3, 1, 256)]
+    ks = [5, 100, 5, 0, 1000]
+    for together, user, ids, k in zip(table.rank_batch(users, lists, ks), users, lists, ks, strict=True):
+        alone = table.rank(user, ids, k)
+        np.testing.assert_array_equal(together.positions, alone.positions)
+        np.testing.assert_array_equal(together.scores, alone.scores)
+        np.testing.assert_array_equal(together.missing, alone.missing)
+    assert table.rank_batch(users[:0], [], []) == []
+
+
+def test_scoring_ends_at_the_deadline(level: str) -> None:
+    head = head_of("cross_attention", (4, 4, 32))
+    user, items = made(head, 500)
+    table = table_of(head, "f32", items)
+    ids = np.tile(np.arange(-10, 490), 1000)
+    passed = table.rank(user, ids, 10, monotonic_ns() - 1)
+    assert (passed.seen, len(passed.positions), len(passed.missing)) == (0, 0, 0)
+    allowed_ns, ranked = 1_000_000, passed
+    while not ranked.seen:  # the machine may have been busy elsewhere
+        ranked = table.rank(user, ids, 10, monotonic_ns() + allowed_ns)
+        allowed_ns *= 2
+    assert ranked.seen % 256 == 0
+    part = table.rank(user, ids[: ranked.seen], 10)
+    np.testing.assert_array_equal(ranked.positions, part.positions)
+    np.testing.assert_array_equal(ranked.missing, part.missing)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the reference holds the interpreter")
+def test_other_threads_run_while_the_kernel_scores() -> None:
+    head = head_of("cross_attention", (8, 8, 64))
+    user, items = made(head, 1000)
+    table = table_of(head, "f32", items)
+    rows = np.resize(np.arange(1000, dtype=np.int32), 200_000)
+    begun, ended = threading.Event(), threading.Event()
+
+    def score() -> None:
+        begun.set()
+        table.score(user, rows)
+        ended.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # the interpreter changes hands only where it is given up
+    try:
+        other = threading.Thread(target=score)
+        other.start()
+        begun.wait()
+        table.score(user, rows[:10])
+        meanwhile = not ended.is_set()
+        other.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert meanwhile
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_are_never_converted_silently() -> None:
+    if not NATIVE:
+        pytest.skip("the extension was not built")
+    head = head_of("maxsim", (2, 2, 8))
+    user, items = made(head, 9)
+    table = table_of(head, "f32", items)
+    rows = np.arange(9, dtype=np.int32)
+    for wrong in (rows.astype(np.int64), rows[::2], rows.reshape(3, 3), rows.tolist()):
+        with pytest.raises(TypeError):
+            table.score(user, wrong)
+    for wrong in (user.astype(np.float64), user[::2], user[None]):
+        with pytest.raises(TypeError):
+            table.score(wrong, rows)
+    with pytest.raises(TypeError):
+        table.lookup(rows)  # type: ignore[arg-type]  # int32
+    with pytest.raises(ValueError, match="user record has 15 entries, not 32"):
+        table_of(head_of("maxsim", (4, 2, 8)), "f32", items).score(user[:15], rows)
+    for row in (-1, 9):
+        with pytest.raises(ValueError, match=f"row {row} is not among 9"):
+            table.score(user, np.array([0, row], np.int32))
+
+
+@pytest.mark.parametrize(
+    ("slots", "keys", "named"),
+    [
+        ([0, 2], [5], "names row 2 of 1"),
+        ([1], [5], "power of two"),
+        ([1, 2], [5, 6], "power of two"),
+        ([1, 1], [5], "no slot is free"),
+        ([1, 0, 0], [5], "power of two"),
+    ],
+)
+def test_an_index_that_leads_out_of_itself_is_refused(slots: list[int], keys: list[int], named: str) -> None:
+    if not NATIVE:
+        pytest.skip("the extension was not built")
+    with pytest.raises(KernelError, match=named):
+        open_index(Index(np.array(slots, np.uint32), np.array(keys, np.uint64)))
+
+
+@pytest.mark.parametrize(("offsets", "named"), [([0, 9], "outside"), ([2, 1], "ends before"), ([0], "offsets has 1")])
+def test_texts_that_lead_out_of_themselves_are_refused(offsets: list[int], named: str) -> None:
+    if not NATIVE:
+        pytest.skip("the extension was not built")
+    text = np.frombuffer(b"abc", np.uint8)
+    with pytest.raises(KernelError, match=named):
+        open_index(Index(np.array([1, 0], np.uint32), np.array([5], np.uint64), np.array(offsets, np.uint64), text))
+    wrong = Texts(text, np.array([2]), np.array([2]))
+    with pytest.raises(ValueError, match="outside of its buffer"):
+        engine.hash_texts(wrong, 0)
+
+
+def test_ids_of_the_other_type_are_refused(level: str) -> None:
+    head = head_of("maxsim", (1, 1, 8))
+    table = table_of(head, "f32", made(head, 2)[1])
+    with pytest.raises(KernelError, match="integer ids, got texts"):
+        table.lookup(Texts.of(["a"]))
+
+
+def test_rows_of_another_layout_are_refused(level: str) -> None:
+    layout = RecordLayout(head_of("maxsim", (2, 2, 8)), "f32")
+    with pytest.raises(KernelError, match="cannot be opened"):
+        open_table(layout, np.zeros((2, layout.stride + 16), np.uint8), index_of(np.arange(2)))
+
+
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_level_that_is_not_here_is_named() -> None:
+    with pytest.raises(KernelError, match="level 'neon' cannot be had here: use auto or one of numpy"):
+        engine.select("neon")
+    with pytest.raises(KernelError, match="numpy was asked for"):
+        engine.select("numpy", require_native=True)
+
+
+def test_auto_takes_the_best_level() -> None:
+    before = engine.level()
+    assert engine.select() == engine.levels()[-1]
+    engine.select(before)
+
+
+WITHOUT = """
+import logging, sys
+logging.basicConfig(format="%(message)s")
+sys.modules["kernel._native"] = None
+from kernel import engine
+assert engine.levels() == ["numpy"]
+assert engine.select() == engine.select() == "numpy"
+try:
+    engine.select(require_native=True)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_the_extension_the_reference_serves_with_one_warning() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
+    assert done.stderr.count("NumPy reference") == 1
+    assert "a native kernel is required" in done.stdout
+
+
+def test_the_kernel_is_checked_against_the_reference(level: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    head = head_of("cross_attention", (3, 2, 12), bias=True)
+    user, items = made(head, 10)
+    for dtype in DTYPES:
+        assert engine.check_native(RecordLayout(head, dtype), user, items) < 1e-4

@@ -7,13 +7,15 @@ PORT   ?= 8080
 EXTRA  ?=
 SIZE   ?= full
 
+KERNEL_TESTS := tests/unit/test_engine.py tests/unit/test_record.py tests/unit/test_candidates.py
+
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-peers bench-plots test check verify openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-kernel bench-peers bench-plots test check verify sanitize openapi clean
 
 help: ## print these verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +75,14 @@ bench-memory: $(VENV)/.setup-dev ## bytes an item on disk, and the memory of 1, 
 bench-encode: $(VENV)/.setup-dev ## microseconds from a user's fields to the input of the user tower
 	$(BIN)/python -m benchmarks.encode $(EXTRA)
 
+$(VENV)/.setup-bench: $(VENV)/.setup-dev
+	$(PIP) install -c constraints.txt -e '.[bench]' || echo 'not every rival can be installed here: the benchmark names those that are absent'
+	@touch $@
+
+# An OpenBLAS that is told to compute for another processor slows NumPy, a rival, down.
+bench-kernel: $(VENV)/.setup-bench ## lookup, scores and top-k beside NumPy, torch, numba, FAISS and others; SIZE=tiny to try it
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.kernel --size $(SIZE) $(EXTRA)
+
 PEERS := var/bench/peers
 
 $(PEERS)/feast/.setup:
@@ -92,9 +102,19 @@ check: $(VENV)/.setup-dev ## formatting, lints, types, layout
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror kernel/cpp/*.h kernel/cpp/*.cpp
 	$(BIN)/python -m pytest -q tests/unit/test_layout.py
 
-verify: check test ## the longer tier
+sanitize: $(VENV)/.setup-dev ## the kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -G Ninja -S kernel/cpp -B build/sanitize -DCMAKE_BUILD_TYPE=None -DRANKTOWER_SANITIZE=ON \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
+	$(BIN)/cmake --build build/sanitize --target _native
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -q -p tests.sanitized -p no:cacheprovider $(KERNEL_TESTS)
+
+verify: check test sanitize ## the longer tier
 
 openapi: $(VENV)/.setup ## write docs/openapi.json from the service
 	$(BIN)/python -m service.openapi docs/openapi.json

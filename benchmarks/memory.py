@@ -20,7 +20,7 @@ import orjson
 
 from benchmarks.client import AnswerError, Line, request_bytes
 from benchmarks.made import DIM, HEADS, SIZES, Made, Plan, make, write_items
-from benchmarks.processes import server
+from benchmarks.processes import end_in_order, server
 from benchmarks.report import RESULTS, Bar, Report, machine, machine_line, print_bars, table
 from cache.release import ITEMS
 from kernel.head import HeadSpec
@@ -36,6 +36,7 @@ MIB = 1 << 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
+    end_in_order()
     items = given.items or SIZES[given.size]
     report = Report(
         "memory" if given.size == "full" else f"memory-{given.size}", {"items": items, "dtype": given.dtype}

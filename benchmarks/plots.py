@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory, report, service
+from benchmarks import kernel, memory, report, scoring, service
 from benchmarks.lineup import ENTRIES
 from benchmarks.svg import Points, chart
 
@@ -40,10 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = report.read(path)
         for block, content in blocks(name, found):
             text = fill(text, block, content)
+        images = []
         for plot, drawing in plots(name, found["rows"]):
             (given.docs / "plots").mkdir(exist_ok=True)
             (given.docs / "plots" / f"{plot}.svg").write_text(drawing)
+            images.append(f"![{plot.replace('-', ' by ')}](plots/{plot}.svg)")
             print(f"drawn: plots/{plot}.svg")
+        if images:
+            text = fill(text, f"{name}-plots", "\n\n".join(images))
     page.write_text(text)
     print(f"filled: {page.name}")
     return 0
@@ -84,18 +88,10 @@ def _memory_tables(rows: Rows) -> Tables:
     yield "memory-workers", memory.MEMORY_HEADS, memory.memory_cells(rows)
 
 
-KERNEL_FIELDS = ("contestant", "dtype", "level", "shape", "items", "candidates", "median_us")
-
-
-def _kernel_tables(rows: Rows) -> Tables:
-    cells = [[row.get(field) for field in KERNEL_FIELDS] for row in rows]
-    yield "kernel-rows", ("kernel", "dtype", "level", "shape", "items", "candidates", "median us"), cells
-
-
 TABLES: dict[str, Callable[[Rows], Tables]] = {
     "service": _service_tables,
     "memory": _memory_tables,
-    "kernel": _kernel_tables,
+    "kernel": kernel.tables,
 }
 
 
@@ -106,9 +102,9 @@ def plots(name: str, rows: Rows) -> Iterable[tuple[str, str]]:
     """Names and drawings: latency by number of candidates, and by size of the catalogue."""
     if name == "memory":
         return
-    rows = [row for row in rows if row.get("kind", "closed") == "closed"]
+    rows = kernel.plotted(rows) if name == "kernel" else [row for row in rows if row["kind"] == "closed"]
     time = "p50_us" if name == "service" else "median_us"
-    what = "Request" if name == "service" else "Lookup and scores"
+    what = "Whole request" if name == "service" else "MaxSim"
     for axis, other, words in (
         ("candidates", "items", "candidates of a request"),
         ("items", "candidates", "items of the catalogue"),
@@ -117,7 +113,9 @@ def plots(name: str, rows: Rows) -> Iterable[tuple[str, str]]:
         lines = _lines([row for row in rows if row[other] == largest], axis, time)
         if lines:
             title = f"{what} by {words}, {largest:,} {other}"
-            yield f"{name}-{axis}", chart(title, words, "microseconds, median", lines, dashed=_rivals(lines))
+            order = list(ENTRIES) if name == "service" else []
+            drawing = chart(title, words, "microseconds, median", lines, dashed=_rivals(lines), order=order)
+            yield f"{name}-{axis}", drawing
 
 
 def _lines(rows: Rows, axis: str, time: str) -> dict[str, Points]:
@@ -130,7 +128,10 @@ def _lines(rows: Rows, axis: str, time: str) -> dict[str, Points]:
 
 
 def _rivals(lines: Iterable[str]) -> frozenset[str]:
-    return frozenset(name for name in lines if name in ENTRIES and not ENTRIES[name].ours)
+    """Of the service by its lineup; of the kernel all but ours, whose labels tell more than the name."""
+    return frozenset(
+        name for name in lines if not (ENTRIES[name].ours if name in ENTRIES else name.startswith(f"{scoring.OURS} "))
+    )
 
 
 if __name__ == "__main__":

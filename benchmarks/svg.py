@@ -12,7 +12,7 @@ LABEL_GAP = 15  # pixels between the labels of two lines, at least
 COLOURS = ("#3b82c4", "#d9762b", "#2f9e6e", "#b54fa0", "#c9a227", "#d0454c", "#6f7fd8", "#5a9aa8", "#8f8f8f")
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-size: 15px; font-weight: 600 }
-.grid { stroke: #8884; stroke-width: 1 } .axis { stroke: #888; stroke-width: 1 }
+.grid { stroke: #888; stroke-opacity: 0.25 } .axis { stroke: #888 }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round }
 .dashed { stroke-dasharray: 5 4 } .name { font-weight: 600 }
 @media (prefers-color-scheme: dark) { text { fill: #ddd } }
@@ -21,8 +21,19 @@ text { font: 12px system-ui, sans-serif; fill: #333 } .title { font-size: 15px; 
 Points = Sequence[tuple[float, float]]
 
 
-def chart(title: str, x_name: str, y_name: str, series: Mapping[str, Points], *, dashed: frozenset[str]) -> str:
-    """One chart; `dashed` names the series to draw so. Raises ValueError unless every coordinate is above 0."""
+def chart(
+    title: str,
+    x_name: str,
+    y_name: str,
+    series: Mapping[str, Points],
+    *,
+    dashed: frozenset[str] = frozenset(),
+    order: Sequence[str] = (),
+) -> str:
+    """One chart; `dashed` names the series to draw so, a place in `order` is a colour that stays from chart to chart.
+
+    Raises ValueError unless every coordinate is above 0.
+    """
     points = [point for line in series.values() for point in line]
     if not points or min(min(point) for point in points) <= 0:
         raise ValueError(f"{title}: logarithmic axes need points above 0")
@@ -41,8 +52,9 @@ def chart(title: str, x_name: str, y_name: str, series: Mapping[str, Points], *,
     ]
     ends = {name: at(max(line))[1] for name, line in series.items()}
     heights = _apart(ends)
-    for number, (name, line) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
+    order = [*order, *(name for name in series if name not in order)]
+    for name, line in series.items():
+        colour = COLOURS[order.index(name) % len(COLOURS)]
         places = [at(point) for point in sorted(line)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         style = "line dashed" if name in dashed else "line"

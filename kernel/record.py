@@ -23,7 +23,6 @@ WIDTHS: dict[Dtype, int] = {"f32": 4, "f16": 2, "int8": 1}
 MAX_USER_HEADS, MAX_ITEM_HEADS, MAX_DIM, MAX_INT8_DIM = 32, 16, 1024, 256
 STRIDE_UNIT = 16  # octets
 PACK_ROWS = 65_536  # rows whose intermediates are in memory at a time
-LEAST_SCALE = np.float32(2.0**-24)  # the smallest half above 0
 
 
 class _Part(NamedTuple):
@@ -122,7 +121,7 @@ def _pack(layout: RecordLayout, records: NDArray[np.float32], rows: NDArray[np.u
             rows[:, at : at + 2 * h] = np.ascontiguousarray(scales).view(np.uint8)
     if layout.head.item_bias:
         rows[:, layout.bias_at : layout.bias_at + 4] = np.ascontiguousarray(source[:, -1:]).view(np.uint8)
-    return fits
+    return np.asarray(fits, np.bool_)
 
 
 def _numbers(values: NDArray[np.float32], dtype: Dtype) -> tuple[NDArray[Any], NDArray[np.float16] | None, Any]:
@@ -156,7 +155,8 @@ def _matrix(layout: RecordLayout, rows: NDArray[np.uint8], part: _Part) -> NDArr
     shape = (layout.dims // 4, layout.heads, 4) if part.in_quads else (layout.heads, layout.plain)
     kind: Any = {"f32": np.float32, "f16": np.float16, "int8": np.int8}[layout.dtype]
     octets = WIDTHS[layout.dtype] * int(np.prod(shape))
-    return rows[:, part.at : part.at + octets].view(kind).reshape(len(rows), *shape)  # splits an axis: no copy
+    view: NDArray[Any] = rows[:, part.at : part.at + octets].view(kind)
+    return view.reshape(len(rows), *shape)  # splits an axis: no copy
 
 
 def unpack(layout: RecordLayout, rows: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ Scores. With user heads u_p (Hu, d), item heads v_q (Hi, d), temperature tau = 1
                       E_u' = E_u + G_u * (P V_i)             E_i' = E_i + G_i * (R^T V_u)
                       s  = scale * sum_p max_q cos(E_u'_p, E_i'_q) + b,    cos divides by max(norm, 1e-6)
 
-Index. Open addressing with linear probing over a power of two of slots, at most half full; slot = row + 1, 0 is empty;
+Index. Open addressing with linear probing over a power of two of slots, at most a quarter full; slot = row + 1, 0 is empty;
 a key starts at mix(key) & (slots - 1), mix being the finaliser of splitmix64.
 """
 
@@ -155,8 +155,8 @@ def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def slot_count(count: int) -> int:
-    """Slots of an index over `count` keys: a power of two, at least twice the keys."""
-    return 1 << max(1, int(2 * count - 1).bit_length()) if count else 2
+    """Slots of an index over `count` keys: a power of two, at least four times the keys."""
+    return 1 << int(4 * count - 1).bit_length() if count else 2
 
 
 def build_index(keys: NDArray[np.uint64]) -> NDArray[np.uint32]:

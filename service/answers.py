@@ -20,6 +20,8 @@ from service.ranker import Ranker, Ranking
 from service.telemetry import StageClock
 from service.wire import RankRequest
 
+JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -28,6 +30,7 @@ class Answer:
     body: bytes
     release: str
     rankings: Sequence[Ranking]
+    media_type: str = JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,19 +41,24 @@ class Limits:
     max_batch: int
 
 
+Rank = RankRequest[Any, Any]
 Answerer = Callable[[Permit, Ranker, bytes, Limits, StageClock], Answer]
 
 
 def answer_rank(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, clock: StageClock) -> Answer:
     """`POST /v1/rank`. Raises RequestError; DeadlineExceeded when the caller's time is over before scoring."""
-    request = ranker.decoders.rank(body)
-    _check_candidates(request, limits, "")
-    clock.lap("decode")
-    permit.check_deadline(request.deadline_ms)
-    ranking = ranker.rank(request, clock, permit.ends_ns(request.deadline_ms))
+    ranking = rank(permit, ranker, ranker.decoders.rank(body), limits, clock)
     answer = Answer(encode_ranking(ranking), ranker.release, [ranking])
     clock.lap("respond")
     return answer
+
+
+def rank(permit: Permit, ranker: Ranker, request: Rank, limits: Limits, clock: StageClock) -> Ranking:
+    """The ranking that a decoded request asks for, whatever form it came in."""
+    _check_candidates(request, limits, "")
+    clock.lap("decode")
+    permit.check_deadline(request.deadline_ms)
+    return ranker.rank(request, clock, permit.ends_ns(request.deadline_ms))
 
 
 def answer_batch(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, clock: StageClock) -> Answer:
@@ -84,7 +92,7 @@ def answer_retrieve(permit: Permit, ranker: Ranker, body: bytes, limits: Limits,
     return answer
 
 
-def _check_candidates(request: RankRequest[Any, Any], limits: Limits, place: str) -> None:
+def _check_candidates(request: Rank, limits: Limits, place: str) -> None:
     if len(request.candidates) > limits.max_candidates:
         raise RequestError(
             f"{place}candidates has {len(request.candidates)} entries, this service takes {limits.max_candidates}",

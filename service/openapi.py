@@ -13,9 +13,18 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service import problems, schema
+from service.answers import ARROW, JSON
 
 TITLE, VERSION = "RankTower", "1"
 REFERENCE = "#/components/schemas/{model}"
+ARROW_BODY = (
+    "An Arrow IPC stream of one record batch, not compressed: a column `candidates` (int64, or utf8 or large_utf8), "
+    "and the other fields of the JSON body, as JSON, in the schema's metadata under `request`."
+)
+ARROW_ANSWER = (
+    "An Arrow IPC stream of one record batch: id, score, probability where calibrated, position, and item_heads and "
+    "similarities where explained; release, user_known, missing and counts as JSON in the schema's metadata."
+)
 TIMING = "Milliseconds by stage: queue, decode, encode, user, score, topk, respond."
 
 
@@ -25,11 +34,12 @@ class Operation(NamedTuple):
     answer: type[BaseModel] | None  # None: plain text
     body: type[BaseModel] | None = None
     refusals: tuple[int, ...] = ()
+    arrow: bool = False  # bodies and answers may be Arrow IPC streams, too
 
 
 RANKING = (409, 413, 415, 422, 429, 503, 504)
 OPERATIONS = {
-    "rank": Operation(schema.RankAnswer, schema.RankBody, tuple(s for s in RANKING if s != 409)),
+    "rank": Operation(schema.RankAnswer, schema.RankBody, tuple(s for s in RANKING if s != 409), arrow=True),
     "batch": Operation(schema.BatchAnswer, schema.BatchBody, tuple(s for s in RANKING if s != 409)),
     "retrieve": Operation(schema.RankAnswer, schema.RetrieveBody, RANKING),
     "release": Operation(schema.ReleaseAnswer, refusals=(503,)),
@@ -47,8 +57,7 @@ def documented(name: str) -> dict[str, Any]:
     for status in operation.refusals:
         extra["responses"][str(status)] = _refusal(status)
     if operation.body:
-        content = {"application/json": {"schema": _reference(operation.body)}}
-        extra["requestBody"] = {"required": True, "content": content}
+        extra["requestBody"] = {"required": True, "content": _content(operation.body, ARROW_BODY, operation.arrow)}
     return {"operation_id": name, "openapi_extra": extra, "response_model": None}
 
 
@@ -83,7 +92,7 @@ def _success(operation: Operation) -> dict[str, Any]:
         return {"description": "Metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}
     response: dict[str, Any] = {
         "description": (operation.answer.__doc__ or "").splitlines()[0],
-        "content": {"application/json": {"schema": _reference(operation.answer)}},
+        "content": _content(operation.answer, ARROW_ANSWER, operation.arrow),
     }
     if operation.body:
         text = {"type": "string"}
@@ -92,6 +101,13 @@ def _success(operation: Operation) -> dict[str, Any]:
             "X-RankTower-Release": {"description": "The release that answered.", "schema": text},
         }
     return response
+
+
+def _content(model: type[BaseModel], arrow: str, with_arrow: bool) -> dict[str, Any]:
+    content: dict[str, Any] = {JSON: {"schema": _reference(model)}}
+    if with_arrow:
+        content[ARROW] = {"schema": {"type": "string", "format": "binary", "description": arrow}}
+    return content
 
 
 def _refusal(status: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ INTERNAL = Kind(500, f"{URN}internal", "The service failed")
 GONE_AWAY = Kind(400, f"{URN}disconnected", "The client went away")
 
 KINDS: dict[type[Exception], Kind] = {  # the nearest class of an error decides
-    MalformedBody: Kind(422, f"{URN}malformed-body", "The body is not JSON"),
+    MalformedBody: Kind(422, f"{URN}malformed-body", "The body cannot be read"),
     UnsupportedBody: Kind(415, f"{URN}unsupported-body", "Unsupported media type"),
     BodyTooLarge: Kind(413, f"{URN}body-too-large", "The body is too large"),
     RetrievalOff: Kind(409, f"{URN}retrieval-off", "No retrieval here"),

@@ -25,6 +25,7 @@ from model.features import HISTORY
 from model.tower import Tower
 from service.errors import ReleaseError, RequestError, RetrievalOff
 from service.telemetry import StageClock
+from service.user_cache import UserCache
 from service.wire import Decoders, RankRequest, RetrieveRequest, UserRequest, decoders, nearest, short
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Ranker:
         users: Snapshot | None = None,
         index: RetrievalIndex | None = None,
         tower: Tower | None = None,
+        user_cache: UserCache | None = None,
     ) -> None:
         _check_items(document, bundle, items)
         _check_users(bundle, users)
@@ -83,7 +85,7 @@ class Ranker:
         self.table = items.table(bundle.head)
         self.release = document.id
         self.spec, self.head = bundle.spec, bundle.head
-        self._tower = tower or bundle.user_tower()
+        self._tower, self._user_cache = tower or bundle.user_tower(), user_cache
         self._columns = self.spec.columns("user")
         self.names = {  # of the fields that `user` and `context` take
             side: tuple(f.name for f in self.spec.user_fields if f.side == side and f.name != HISTORY)
@@ -91,8 +93,15 @@ class Ranker:
         }
 
     @classmethod
-    def open(cls, folder: Path, users: Path | None = None, *, retrieval: bool = False) -> Ranker:
-        """Open a release folder that its store has verified.
+    def open(
+        cls,
+        folder: Path,
+        users: Path | None = None,
+        *,
+        retrieval: bool = False,
+        user_cache: UserCache | None = None,
+    ) -> Ranker:
+        """Open a release folder that its store has verified. Rankers of several releases may share a user cache.
 
         Raises StoreError, BundleError, SnapshotError or ReleaseError unless all parts are whole and belong together.
         """
@@ -103,12 +112,21 @@ class Ranker:
             Snapshot.open(folder / ITEMS),
             users=Snapshot.open(users) if users else None,
             index=_open_index(folder / INDEX) if retrieval and document.index != "none" else None,
+            user_cache=user_cache,
         )
 
     def with_users(self, users: Path | None) -> Ranker:
         """The same release with another user table. Raises SnapshotError or ReleaseError unless it fits."""
         table = Snapshot.open(users) if users else None
-        return Ranker(self.document, self.bundle, self.items, users=table, index=self.index, tower=self._tower)
+        return Ranker(
+            self.document,
+            self.bundle,
+            self.items,
+            users=table,
+            index=self.index,
+            tower=self._tower,
+            user_cache=self._user_cache,
+        )
 
     @cached_property
     def decoders(self) -> Decoders:
@@ -125,7 +143,7 @@ class Ranker:
         clock = clock or StageClock()
         user = self._encode(request, "")
         clock.lap("encode")
-        record = self._tower.run(user.features[None])[0]
+        record = self._record(user.features)
         clock.lap("user")
         ids = self._ids(request)
         ranked = self.table.rank(record, ids, request.k, deadline_ns)
@@ -144,7 +162,7 @@ class Ranker:
         places = [f"requests[{number}]." for number in range(len(requests))]
         users = [self._encode(request, place) for request, place in zip(requests, places, strict=True)]
         clock.lap("encode")
-        records = np.stack([self._tower.run(user.features[None])[0] for user in users])  # one by one: the same bits
+        records = np.stack([self._record(user.features) for user in users])  # one by one: the same bits
         clock.lap("user")
         lists = [self._ids(request) for request in requests]
         ranked = self.table.rank_batch(records, lists, [request.k for request in requests], deadline_ns)
@@ -152,6 +170,17 @@ class Ranker:
         rankings = [self._keep(*one) for one in zip(requests, places, users, records, lists, ranked, strict=True)]
         clock.lap("topk")
         return rankings
+
+    def _record(self, features: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The user's record (user size,) of encoded features (user width,)."""
+        if self._user_cache is None:
+            alone: NDArray[np.float32] = self._tower.run(features[None])[0]
+            return alone
+        record = self._user_cache.get(self.release, features)
+        if record is None:
+            record = self._tower.run(features[None])[0]
+            self._user_cache.put(self.release, features, record)
+        return record
 
     def _ids(self, request: Rank) -> Ids:
         """The candidates as the kernel reads them."""
@@ -205,7 +234,7 @@ class Ranker:
             raise self._no_index()
         user = self._encode(request, "")
         clock.lap("encode")
-        record = self._tower.run(user.features[None])[0]
+        record = self._record(user.features)
         clock.lap("user")
         rows = np.asarray(self.index.search(record, request.items_per_head), np.int32)
         scores = self.table.score(record, rows)

@@ -16,6 +16,7 @@ from cache.store import ReadableStore
 from model.errors import RankTowerError
 from service.errors import NotReady
 from service.ranker import Ranker
+from service.user_cache import UserCache
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Refresher:
         cache_dir: Path,
         *,
         retrieval: bool = False,
+        user_cache: UserCache | None = None,
         refresh_s: float = 1.0,
         on_swap: Callable[[Ranker], None] = lambda ranker: None,
         on_failure: Callable[[], None] = lambda: None,
@@ -57,6 +59,7 @@ class Refresher:
         contact: Callable[[], float] = monotonic,  # when the store answered last, asked after it has
     ) -> None:
         self._store, self._cache_dir, self._retrieval, self._refresh_s = store, cache_dir, retrieval, refresh_s
+        self._user_cache = user_cache
         self._on_swap, self._on_failure, self._on_wait, self._contact = on_swap, on_failure, on_wait, contact
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
@@ -179,7 +182,8 @@ class Refresher:
     def _take_release(self, release_id: str) -> None:
         serving = self.standing.ranker
         try:
-            ranker = Ranker.open(self._store.fetch(release_id, self._cache_dir), retrieval=self._retrieval)
+            folder = self._store.fetch(release_id, self._cache_dir)
+            ranker = Ranker.open(folder, retrieval=self._retrieval, user_cache=self._user_cache)
             ranker.check()
             # what serves stays until the next one comes: a rollback finds it here
             self._store.drop_cached(self._cache_dir, {release_id} | ({serving.release} if serving else set()))

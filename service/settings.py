@@ -58,6 +58,7 @@ class Settings(KernelSettings):
     inline_ms: float = Field(
         default=2.0, ge=0, description="Estimated work up to which a request runs on the event loop."
     )
+    user_cache: int = Field(default=0, ge=0, description="Outputs of the user tower to keep, by worker; 0 for none.")
     refresh_s: float = Field(default=1.0, gt=0, description="Longest time between two looks at the store.")
     drain_s: float = Field(default=1.0, ge=0, description="After SIGTERM, unready but answering for so long.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least that is logged.")

@@ -22,6 +22,8 @@ STAGE_SECONDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-
 REQUEST_SECONDS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 5.0)
 CANDIDATES = (0, 1, 10, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 
+SERVER_TIMING = ", ".join(f"{stage};dur=%.3f" for stage in STAGES)
+
 disable_created_metrics()  # type: ignore[no-untyped-call]  # series without use that the documentation does not have
 
 
@@ -46,7 +48,7 @@ class StageClock:
 
     def header(self) -> str:
         """The value of Server-Timing, in milliseconds: `queue;dur=0.004, decode;dur=0.112, ...`."""
-        return ", ".join(f"{stage};dur={spent / 1e6:.3f}" for stage, spent in self._spent_ns.items())
+        return SERVER_TIMING % tuple([spent / 1e6 for spent in self._spent_ns.values()])
 
 
 class Telemetry:
@@ -87,7 +89,21 @@ class Telemetry:
             multiprocess_mode="livemostrecent",  # of the worker that is asked: those of others are from when they were
             **within,
         )
+        user_cache = Counter(
+            "ranktower_user_cache_total", "Looks into the cache of user records, by result.", ["result"], **within
+        )
+        self.user_cache_hits, self.user_cache_misses = user_cache.labels("hit"), user_cache.labels("miss")
         self._serving: tuple[str, str] | None = None
+        self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+
+    def observe_answer(self, route: str, status: int, seconds: float) -> None:
+        """Count one answer. Finding a metric by its labels costs as much as counting, so each pair is found once."""
+        found = self._answers.get((route, status))
+        if found is None:
+            found = self.requests.labels(route, str(status)), self.request_seconds.labels(route)
+            self._answers[route, status] = found
+        found[0].inc()
+        found[1].observe(seconds)
 
     def observe_stages(self, clock: StageClock) -> None:
         for stage, spent_ns in clock.spent_ns.items():

@@ -56,11 +56,16 @@ class UserRequest(Struct, Generic[UserId, ItemId], frozen=True, kw_only=True, fo
         return TOP_K if self.top_k is None else self.top_k
 
 
-class RankRequest(UserRequest[UserId, ItemId], frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RestRequest(UserRequest[UserId, ItemId], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of a `RankRequest` but its candidates, for bodies that hold them elsewhere."""
+
+    on_missing: Literal["last", "drop", "error"] | None = None
+
+
+class RankRequest(RestRequest[UserId, ItemId], frozen=True, kw_only=True, forbid_unknown_fields=True):
     """As `schema.RankBody`. Decoders leave `kernel.ids.Ids` in `candidates`; who makes a request may give a list."""
 
     candidates: list[ItemId]
-    on_missing: Literal["last", "drop", "error"] | None = None
 
 
 class BatchRequest(Struct, Generic[UserId, ItemId], frozen=True, forbid_unknown_fields=True):
@@ -87,6 +92,7 @@ class Decoders:
     """Read bodies for one pair of id types. Each raises MalformedBody, or RequestError that names field and remedy."""
 
     rank: Callable[[bytes], RankRequest[Any, Any]]
+    rest: Callable[[bytes], RestRequest[Any, Any]]
     batch: Callable[[bytes], BatchRequest[Any, Any]]
     retrieve: Callable[[bytes], RetrieveRequest[Any, Any]]
 
@@ -94,11 +100,17 @@ class Decoders:
 @cache
 def decoders(user_ids: IdType, item_ids: IdType) -> Decoders:
     types = ID_TYPES[user_ids], ID_TYPES[item_ids]
-    kinds: dict[str, Any] = {"rank": RankRequest, "batch": BatchRequest, "retrieve": RetrieveRequest}
+    kinds: dict[str, Any] = {
+        "rank": RankRequest,
+        "rest": RestRequest,
+        "batch": BatchRequest,
+        "retrieve": RetrieveRequest,
+    }
     whole = {name: _Whole(kind[types], Refusals(kind, user_ids, item_ids)) for name, kind in kinds.items()}
     return Decoders(
         rank=_Bulk(whole["rank"], item_ids, RANK_DEPTH, lambda request: [request]),
         batch=_Bulk(whole["batch"], item_ids, BATCH_DEPTH, lambda batch: batch.requests),
+        rest=whole["rest"],
         retrieve=whole["retrieve"],
     )
 

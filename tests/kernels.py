@@ -32,9 +32,8 @@ def made(head: HeadSpec, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
 
 def _side(head: HeadSpec, rng: np.random.Generator, count: int, heads: int, size: int) -> np.ndarray:
     records = rng.standard_normal((count, size)).astype(np.float32)
-    matrices = records[:, : size // (heads * head.dim) * heads * head.dim].reshape(
-        count, size // (heads * head.dim), heads, head.dim
-    )
+    parts = size // (heads * head.dim)
+    matrices = records[:, : parts * heads * head.dim].reshape(count, parts, heads, head.dim)
     if head.kind == "maxsim":
         matrices[:] = matrices / np.linalg.norm(matrices, axis=-1, keepdims=True)
     else:

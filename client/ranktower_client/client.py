@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import httpx
 
@@ -41,6 +41,18 @@ class _Call:
     method: str
     path: str
     body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=JSON.copy)
+
+
+class _Form(NamedTuple):
+    """What a ranking is asked and answered in."""
+
+    body: Callable[[Ids, RankOptions], bytes]
+    read: Callable[[httpx.Response], Ranking]
+    headers: Mapping[str, str]
+
+    def call(self, candidates: Ids, options: RankOptions) -> _Call:
+        return _Call(method="POST", path=RANK, body=self.body(candidates, options), headers=self.headers)
 
 
 class RankTower:
@@ -48,6 +60,7 @@ class RankTower:
 
     url: the service, as `http://host:port`. timeout_s: for a whole call, attempts and pauses included.
     retries: attempts after the first, on 429, 503 and broken connections only. Every method raises RankTowerError.
+    arrow: `rank` sends and receives Arrow, which neither side has to parse; it needs `ranktower-client[arrow]`.
     """
 
     def __init__(
@@ -57,11 +70,13 @@ class RankTower:
         timeout_s: float = 2.0,
         retries: int = 2,
         headers: Mapping[str, str] | None = None,
+        arrow: bool = False,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = _checked(url)
         self._timeout_s = timeout_s
         self._policy = RetryPolicy(retries=retries)
+        self._form = _form(arrow)
         self._http = httpx.Client(base_url=self.url, headers=dict(headers or {}), transport=transport)
 
     def rank(self, candidates: Ids, **options: Unpack[RankOptions]) -> Ranking:
@@ -69,7 +84,7 @@ class RankTower:
 
         Options: user_id, user, context, history, top_k, on_missing, explain, deadline_ms, as in docs/api.md.
         """
-        return ranking_of(self._send(_Call(method="POST", path=RANK, body=rank_body(candidates, options))))
+        return self._form.read(self._send(self._form.call(candidates, options)))
 
     def rank_batch(self, queries: Sequence[Query]) -> list[Ranking]:
         """Rank for several users in one request; all answers come from one release, in the order of the queries."""
@@ -115,7 +130,7 @@ class RankTower:
 
     def _attempt(self, call: _Call, left_s: float) -> httpx.Response:
         try:
-            answer = self._http.request(call.method, call.path, content=call.body, headers=JSON, timeout=left_s)
+            answer = self._http.request(call.method, call.path, content=call.body, headers=call.headers, timeout=left_s)
         except httpx.HTTPError as error:
             raise transport_error_of(error, self.url) from error
         return _accepted(answer)
@@ -131,11 +146,13 @@ class AsyncRankTower:
         timeout_s: float = 2.0,
         retries: int = 2,
         headers: Mapping[str, str] | None = None,
+        arrow: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = _checked(url)
         self._timeout_s = timeout_s
         self._policy = RetryPolicy(retries=retries)
+        self._form = _form(arrow)
         self._http = httpx.AsyncClient(base_url=self.url, headers=dict(headers or {}), transport=transport)
 
     async def rank(self, candidates: Ids, **options: Unpack[RankOptions]) -> Ranking:
@@ -143,7 +160,7 @@ class AsyncRankTower:
 
         Options: user_id, user, context, history, top_k, on_missing, explain, deadline_ms, as in docs/api.md.
         """
-        return ranking_of(await self._send(_Call(method="POST", path=RANK, body=rank_body(candidates, options))))
+        return self._form.read(await self._send(self._form.call(candidates, options)))
 
     async def rank_batch(self, queries: Sequence[Query]) -> list[Ranking]:
         """Rank for several users in one request; all answers come from one release, in the order of the queries."""
@@ -190,7 +207,7 @@ class AsyncRankTower:
                 await asyncio.sleep(course.pause_after(error))
 
     async def _attempt(self, call: _Call, left_s: float) -> httpx.Response:
-        request = self._http.request(call.method, call.path, content=call.body, headers=JSON, timeout=left_s)
+        request = self._http.request(call.method, call.path, content=call.body, headers=call.headers, timeout=left_s)
         try:
             answer = await asyncio.wait_for(request, left_s)
         except httpx.HTTPError as error:
@@ -198,6 +215,17 @@ class AsyncRankTower:
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer from {self.url} within {left_s:.3f} s") from error
         return _accepted(answer)
+
+
+def _form(arrow: bool) -> _Form:
+    """Raises ImportError where Arrow is wanted and pyarrow is not there."""
+    if not arrow:
+        return _Form(rank_body, ranking_of, JSON)
+    try:
+        import ranktower_client.arrow as form
+    except ImportError as error:
+        raise ImportError(f"arrow=True needs pyarrow ({error}): pip install 'ranktower-client[arrow]'") from error
+    return _Form(form.rank_body, form.ranking_of, form.HEADERS)
 
 
 def _checked(url: str) -> str:

@@ -94,6 +94,11 @@ def rank_body(candidates: Ids, options: RankOptions) -> bytes:
     return _json(_sent({"candidates": candidates, **options}))
 
 
+def rest_body(options: RankOptions) -> bytes:
+    """The same without candidates, for bodies that hold them elsewhere."""
+    return _json(_sent(dict(options)))
+
+
 def batch_body(queries: Sequence[Query]) -> bytes:
     """The JSON body of several questions."""
     options = ({part.name: getattr(query, part.name) for part in fields(query)} for query in queries)

@@ -98,7 +98,8 @@ size_t pack_rows(const Shape& shape, const Matrix<float>& records, const Rows& r
 void check_slots(const Writable<const uint32_t>& slots, size_t keys) {
     const size_t count = slots.shape(0);
     if (count < 2 || (count & (count - 1)) || count < 2 * keys)
-        refuse(std::to_string(count) + " slots for " + std::to_string(keys) + " keys: a power of two of twice as many is needed");
+        refuse(std::to_string(count) + " slots for " + std::to_string(keys) +
+               " keys: a power of two of twice as many is needed");
 }
 
 size_t fill_slots(const Vector<uint64_t>& keys, const Writable<uint32_t>& slots) {
@@ -156,7 +157,8 @@ Made<int32_t> best_of(const Vector<float>& scores, size_t k) {
 using RankedArrays = std::tuple<Made<int32_t>, Made<float>, Made<int32_t>, size_t>;
 
 RankedArrays arrays_of(Ranked&& ranked) {
-    return {give(std::move(ranked.positions)), give(std::move(ranked.scores)), give(std::move(ranked.missing)), ranked.seen};
+    return {give(std::move(ranked.positions)), give(std::move(ranked.scores)), give(std::move(ranked.missing)),
+            ranked.seen};
 }
 
 // Where ids are found. Owns nothing: it keeps the arrays alive and reads them where they lie.
@@ -210,7 +212,8 @@ class Ids {
         for (size_t i = 0; index_.offsets && i < index_.count; ++i)
             if (index_.offsets[i] > index_.offsets[i + 1])
                 refuse("text " + std::to_string(i) + " ends before it begins");
-        if (index_.offsets && index_.offsets[index_.count] > text_.shape(0)) refuse("the last text ends outside of its buffer");
+        if (index_.offsets && index_.offsets[index_.count] > text_.shape(0))
+            refuse("the last text ends outside of its buffer");
     }
 
     template <class Find>
@@ -244,7 +247,8 @@ class Table {
         const auto prepared = prepare(user);
         {
             nb::gil_scoped_release release;
-            level_.score(shape_, prepared.get(), rows_.data(), rows.data(), scores.size(), scores.size(), scores.data());
+            level_.score(shape_, prepared.get(), rows_.data(), rows.data(), scores.size(), scores.size(),
+                         scores.data());
         }
         return give(std::move(scores));
     }
@@ -268,13 +272,12 @@ class Table {
 
     RankedArrays rank_ids(const Vector<float>& user, const Vector<int64_t>& ids, size_t k, int64_t deadline_ns) const {
         ids_.need_integers(true);
-        return ranked(user, ids.shape(0), k, deadline_ns, [&](size_t start, size_t n, int32_t* rows) {
-            lookup(index_, ids.data() + start, n, rows);
-        });
+        return ranked(user, ids.shape(0), k, deadline_ns,
+                      [&](size_t start, size_t n, int32_t* rows) { lookup(index_, ids.data() + start, n, rows); });
     }
 
-    RankedArrays rank_texts(const Vector<float>& user, Vector<uint8_t> data, Vector<int64_t> starts, Vector<int64_t> sizes,
-                            size_t k, int64_t deadline_ns) const {
+    RankedArrays rank_texts(const Vector<float>& user, Vector<uint8_t> data, Vector<int64_t> starts,
+                            Vector<int64_t> sizes, size_t k, int64_t deadline_ns) const {
         ids_.need_integers(false);
         const Texts texts = TextArrays{data, starts, sizes}.texts();
         return ranked(user, starts.shape(0), k, deadline_ns, [&](size_t start, size_t n, int32_t* rows) {
@@ -283,8 +286,9 @@ class Table {
     }
 
     // Lists of integer ids end to end, one for each row of users; equal to one by one.
-    std::vector<RankedArrays> rank_batch(const Matrix<float>& users, const Vector<int64_t>& ids, const Vector<int64_t>& ends,
-                                         const std::vector<size_t>& ks, int64_t deadline_ns) const {
+    std::vector<RankedArrays> rank_batch(const Matrix<float>& users, const Vector<int64_t>& ids,
+                                         const Vector<int64_t>& ends, const std::vector<size_t>& ks,
+                                         int64_t deadline_ns) const {
         ids_.need_integers(true);
         expect("ends", ends.shape(0), users.shape(0));
         expect("ks", ks.size(), users.shape(0));
@@ -366,7 +370,8 @@ void bind_records(nb::module_& m) {
         .def_ro("bias_at", &Shape::bias_at);
     m.def(
         "make_shape",
-        [](const std::string& kind, const std::string& dtype, int user_heads, int item_heads, int dim, bool bias, float scale) {
+        [](const std::string& kind, const std::string& dtype, int user_heads, int item_heads, int dim, bool bias,
+           float scale) {
             return make_shape(kind_of(kind), dtype_of(dtype), user_heads, item_heads, dim, bias, scale);
         },
         "kind"_a, "dtype"_a, "user_heads"_a, "item_heads"_a, "dim"_a, "bias"_a, "scale"_a);
@@ -378,14 +383,16 @@ void bind_records(nb::module_& m) {
 
 void bind_table(nb::module_& m) {
     nb::class_<Ids>(m, "Ids")
-        .def(nb::init<Vector<uint32_t>, Vector<uint64_t>, std::optional<Vector<uint64_t>>, std::optional<Vector<uint8_t>>, uint64_t>(),
-             "slots"_a.noconvert(), "keys"_a.noconvert(), "offsets"_a.noconvert().none(), "text"_a.noconvert().none(), "salt"_a)
+        .def(nb::init<Vector<uint32_t>, Vector<uint64_t>, std::optional<Vector<uint64_t>>,
+                      std::optional<Vector<uint8_t>>, uint64_t>(),
+             "slots"_a.noconvert(), "keys"_a.noconvert(), "offsets"_a.noconvert().none(), "text"_a.noconvert().none(),
+             "salt"_a)
         .def("lookup", &Ids::find_ids, "ids"_a.noconvert())
         .def("lookup_texts", &Ids::find_texts, "data"_a.noconvert(), "starts"_a.noconvert(), "sizes"_a.noconvert())
         .def("__len__", &Ids::size);
     nb::class_<Table>(m, "Table")
-        .def(nb::init<const Shape&, Matrix<uint8_t>, const Ids&, const std::string&>(), nb::keep_alive<1, 4>(), "shape"_a,
-             "rows"_a.noconvert(), "ids"_a, "level"_a)
+        .def(nb::init<const Shape&, Matrix<uint8_t>, const Ids&, const std::string&>(), nb::keep_alive<1, 4>(),
+             "shape"_a, "rows"_a.noconvert(), "ids"_a, "level"_a)
         .def("score", &Table::score, "user"_a.noconvert(), "rows"_a.noconvert())
         .def("touch", &Table::touch, "rows"_a.noconvert())
         .def("records", &Table::records, "rows"_a.noconvert())

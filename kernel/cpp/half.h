@@ -1,4 +1,5 @@
-// IEEE half precision in software, to nearest even: what packs records on any machine. Scoring uses the processor's own.
+// IEEE half precision in software, to nearest even: what packs records on any machine. Scoring uses the processor's
+// own.
 
 #pragma once
 

@@ -5,8 +5,9 @@
 namespace ranktower {
 namespace {
 
-constexpr size_t block = 64;  // ids whose slots and keys are under way at the same time
-constexpr size_t ahead = 16;
+constexpr size_t ahead = 16;  // ids between a slot's prefetch and its reading, and from there to the key's reading
+constexpr size_t ring = 2 * ahead;
+constexpr size_t block = 256;  // texts hashed at a time
 
 inline uint64_t mix(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
@@ -24,26 +25,30 @@ inline uint64_t hash(const uint8_t* text, size_t size, uint64_t salt) {
     return h;
 }
 
-// Rows of one block of keys: first all slots, then the keys that they point to, then whoever is still not found.
-void find_block(const Index& index, const uint64_t* keys, size_t count, int32_t* rows) {
-    uint64_t place[block];
-    uint32_t slot[block];
-    for (size_t i = 0; i < count; ++i) {
-        place[i] = mix(keys[i]) & index.mask;
-        __builtin_prefetch(index.slots + place[i]);
-    }
-    for (size_t i = 0; i < count; ++i) {
-        slot[i] = index.slots[place[i]];
-        if (slot[i]) __builtin_prefetch(index.keys + (slot[i] - 1));
-    }
-    for (size_t i = 0; i < count; ++i) {
-        uint32_t found = slot[i];
-        uint64_t at = place[i];
-        while (found && index.keys[found - 1] != keys[i]) {
-            at = (at + 1) & index.mask;
-            found = index.slots[at];
+// One pipeline over all keys: while the slot of one is on its way, the key that an earlier slot points to is, too.
+void find(const Index& index, const uint64_t* keys, size_t count, int32_t* rows) {
+    uint64_t places[ring];
+    uint32_t slots[ring];
+    for (size_t i = 0; i < count + 2 * ahead; ++i) {
+        if (i >= 2 * ahead) {
+            const size_t done = i - 2 * ahead;
+            uint64_t place = places[done % ring];
+            uint32_t slot = slots[done % ring];
+            while (slot && index.keys[slot - 1] != keys[done]) {
+                place = (place + 1) & index.mask;
+                slot = index.slots[place];
+            }
+            rows[done] = int32_t(slot) - 1;
         }
-        rows[i] = int32_t(found) - 1;
+        if (i >= ahead && i - ahead < count) {
+            const size_t here = (i - ahead) % ring;
+            slots[here] = index.slots[places[here]];
+            if (slots[here]) __builtin_prefetch(index.keys + (slots[here] - 1));
+        }
+        if (i < count) {
+            places[i % ring] = mix(keys[i]) & index.mask;
+            __builtin_prefetch(index.slots + places[i % ring]);
+        }
     }
 }
 
@@ -63,12 +68,7 @@ size_t build_index(const uint64_t* keys, size_t count, uint32_t* slots, uint64_t
 }
 
 void lookup(const Index& index, const int64_t* ids, size_t count, int32_t* rows) {
-    uint64_t keys[block];
-    for (size_t start = 0; start < count; start += block) {
-        const size_t n = count - start < block ? count - start : block;
-        std::memcpy(keys, ids + start, 8 * n);
-        find_block(index, keys, n, rows + start);
-    }
+    find(index, reinterpret_cast<const uint64_t*>(ids), count, rows);
 }
 
 void lookup(const Index& index, const Texts& ids, size_t count, int32_t* rows) {
@@ -76,7 +76,7 @@ void lookup(const Index& index, const Texts& ids, size_t count, int32_t* rows) {
     for (size_t start = 0; start < count; start += block) {
         const size_t n = count - start < block ? count - start : block;
         hash_texts({ids.data, ids.starts + start, ids.sizes + start}, n, index.salt, keys);
-        find_block(index, keys, n, rows + start);
+        find(index, keys, n, rows + start);
         for (size_t i = start; i < start + n; ++i)
             if (rows[i] >= 0) __builtin_prefetch(index.offsets + rows[i]);
         for (size_t i = start; i < start + n; ++i)

@@ -1,4 +1,5 @@
-// Sixteen floats as one 512-bit register. With __AVX512VNNI__ int8 quads are summed by VPDPBUSD, else as int16 by VPMADDWD.
+// Sixteen floats as one 512-bit register. With __AVX512VNNI__ int8 quads are summed by VPDPBUSD, else as int16 by
+// VPMADDWD.
 
 #pragma once
 
@@ -112,7 +113,9 @@ INLINE void store_user_quads(uint8_t* to, const int16_t* quads) {
         to[i] = uint8_t(int8_t(high)), to[64 + i] = uint8_t(int8_t(quads[i] - 256 * high));
     }
 }
-INLINE void dot_start(Dot& dot, const int32_t* start) { dot.high = _mm512_setzero_si512(), dot.low = _mm512_loadu_si512(start); }
+INLINE void dot_start(Dot& dot, const int32_t* start) {
+    dot.high = _mm512_setzero_si512(), dot.low = _mm512_loadu_si512(start);
+}
 INLINE void dot_step(Dot& dot, const int8_t* item, const uint8_t* user, int quarters) {
     const __m512i octets = _mm512_xor_si512(load_quarters(item, quarters), _mm512_set1_epi8(int8_t(-128)));
     dot.high = _mm512_dpbusd_epi32(dot.high, octets, _mm512_loadu_si512(user));

@@ -43,8 +43,8 @@ INLINE F load(const uint16_t* from) {
 }
 INLINE F load(const int8_t* from) {
     F r;
-    EACH_QUARTER r.q[t] = Quad{float(from[4 * t]), float(from[4 * t + 1]), float(from[4 * t + 2]),
-                               float(from[4 * t + 3])};
+    EACH_QUARTER r.q[t] =
+        Quad{float(from[4 * t]), float(from[4 * t + 1]), float(from[4 * t + 2]), float(from[4 * t + 3])};
     return r;
 }
 INLINE F load_scales(uint64_t four) {  // four halves in every quarter
@@ -120,7 +120,8 @@ INLINE F sum_lanes(F x) {
 }
 INLINE F max_lanes(F x) {
     EACH_QUARTER {
-        const float a = x.q[t][0] > x.q[t][2] ? x.q[t][0] : x.q[t][2], b = x.q[t][1] > x.q[t][3] ? x.q[t][1] : x.q[t][3];
+        const float a = x.q[t][0] > x.q[t][2] ? x.q[t][0] : x.q[t][2],
+                    b = x.q[t][1] > x.q[t][3] ? x.q[t][1] : x.q[t][3];
         const float most = a > b ? a : b;
         x.q[t] = Quad{most, most, most, most};
     }
@@ -128,8 +129,9 @@ INLINE F max_lanes(F x) {
 }
 INLINE F sum_transposed(F a, F b, F c, F d) {  // lane p of quarter t: the sum of quarter t of the p-th
     F r;
-    EACH_QUARTER r.q[t] = Quad{(a.q[t][0] + a.q[t][2]) + (a.q[t][1] + a.q[t][3]), (b.q[t][0] + b.q[t][2]) + (b.q[t][1] + b.q[t][3]),
-                               (c.q[t][0] + c.q[t][2]) + (c.q[t][1] + c.q[t][3]), (d.q[t][0] + d.q[t][2]) + (d.q[t][1] + d.q[t][3])};
+    EACH_QUARTER r.q[t] =
+        Quad{(a.q[t][0] + a.q[t][2]) + (a.q[t][1] + a.q[t][3]), (b.q[t][0] + b.q[t][2]) + (b.q[t][1] + b.q[t][3]),
+             (c.q[t][0] + c.q[t][2]) + (c.q[t][1] + c.q[t][3]), (d.q[t][0] + d.q[t][2]) + (d.q[t][1] + d.q[t][3])};
     return r;
 }
 

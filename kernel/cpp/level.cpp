@@ -24,53 +24,50 @@ namespace ranktower {
 namespace RANKTOWER_LEVEL {
 namespace {
 
-constexpr size_t line = 64;
-
-inline size_t ahead_of(const Shape& s) {  // records under way: about 64 lines
+INLINE size_t ahead_of(const Shape& s) {  // records under way: about 64 lines
     const size_t lines = s.stride / line + 1;
     return lines >= 16 ? 4 : 64 / lines;
 }
 
-inline void prefetch_record(const uint8_t* record, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += line) prefetch(record + at);
-    prefetch(record + bytes - 1);
-}
-
-// One loop over the candidates, `batch` at a time: `score(records, n, scores)`. Records are prefetched a little ahead.
-template <int batch, class Scorer>
-INLINE void each(const Shape& s, const uint8_t* table, const int32_t* rows, size_t count, size_t soon, float* scores,
-                 Scorer score) {
-    const size_t ahead = ahead_of(s) < batch ? batch : ahead_of(s);
-    for (size_t start = 0; start < count; start += batch) {
-        const size_t n = batch == 1 || count - start >= batch ? batch : count - start;
-        const uint8_t* records[batch];
-        for (size_t i = 0; i < n; ++i) {
-            if (start + i + ahead < soon) prefetch_record(table + size_t(rows[start + i + ahead]) * s.stride, s.bytes);
-            records[i] = table + size_t(rows[start + i]) * s.stride;
-        }
-        score(records, int(n), scores + start);
-        for (size_t i = 0; s.bias && i < n; ++i) {
-            float bias;
-            __builtin_memcpy(&bias, records[i] + s.bias_at, 4);
-            scores[start + i] += bias;
-        }
-    }
+INLINE void add_bias(const Shape& s, const uint8_t* record, float* score) {
+    if (!s.bias) return;
+    float bias;
+    __builtin_memcpy(&bias, record + s.bias_at, 4);
+    *score += bias;
 }
 
 template <int H, int D, class Value>
 void score_maxsim(const Shape& s, const uint8_t* user, const uint8_t* table, const int32_t* rows, size_t count,
                   size_t soon, float* scores) {
-    each<1>(s, table, rows, count, soon, scores, [&](const uint8_t* const* records, int, float* to) {
-        *to = maxsim<H, D>(s, user, (const Value*)*records);
-    });
+    const size_t ahead = ahead_of(s);
+    for (size_t i = 0; i < ahead && i < soon; ++i) prefetch_octets(table + size_t(rows[i]) * s.stride, 0, s.bytes);
+    for (size_t i = 0; i < count; ++i) {
+        if (i + ahead < soon) prefetch_octets(table + size_t(rows[i + ahead]) * s.stride, 0, s.bytes);
+        const uint8_t* record = table + size_t(rows[i]) * s.stride;
+        scores[i] = maxsim<H, D>(s, user, (const Value*)record);
+        add_bias(s, record, scores + i);
+    }
 }
 
 template <int H, int D, class Value, int blocks>
 void score_cross(const Shape& s, const uint8_t* user, const uint8_t* table, const int32_t* rows, size_t count,
                  size_t soon, float* scores) {
-    const auto cross = make_cross<H, D, Value, blocks>(s, user);
-    each<batch_of<blocks>>(s, table, rows, count, soon, scores,
-                           [&](const uint8_t* const* records, int n, float* to) { cross.score(records, n, to); });
+    const Cross<H, D, Value, blocks> cross = make_cross<H, D, Value, blocks>(s, user);
+    constexpr size_t batch = batch_of<blocks>;
+    const uint8_t *records[batch], *next[batch];
+    const auto records_from = [&](size_t start, const uint8_t** to) {  // none left: the last one again, which is here
+        for (size_t i = 0; i < batch; ++i)
+            to[i] = table + size_t(rows[start + i < soon ? start + i : soon - 1]) * s.stride;
+    };
+    if (count) records_from(0, next);
+    for (size_t i = 0; i < batch && i < count; ++i) prefetch_octets(next[i], 0, s.bytes);
+    for (size_t start = 0; start < count; start += batch) {
+        const size_t n = count - start < batch ? count - start : batch;
+        for (size_t i = 0; i < batch; ++i) records[i] = next[i];
+        records_from(start + n, next);
+        cross.score(records, next, int(n), scores + start);
+        for (size_t i = 0; i < n; ++i) add_bias(s, records[i], scores + start + i);
+    }
 }
 
 using Score = void (*)(const Shape&, const uint8_t*, const uint8_t*, const int32_t*, size_t, size_t, float*);
@@ -91,21 +88,26 @@ Score of_dtype(const Shape& s) {
                                    : of_kind<H, D, int8_t>(s);
 }
 
-template <int H>
-Score of_dim(const Shape& s) {  // the usual dims are compiled in
-#if defined(__AVX2__) || defined(__AVX512F__)
-    if constexpr (H <= 8) {
-        if (s.dim == 32) return of_dtype<H, 32>(s);
-        if (s.dim == 64) return of_dtype<H, 64>(s);
-    }
+// The usual dims are compiled in. With sanitizers, whose every check is one more thing to compile, 4 heads of 32 alone.
+#if defined(RANKTOWER_SANITIZE)
+constexpr bool compiled_in(int heads, int dim) { return heads == 4 && dim == 32; }
+#elif defined(__AVX2__)
+constexpr bool compiled_in(int heads, int dim) { return heads <= 8 && (dim == 32 || dim == 64); }
+#else
+constexpr bool compiled_in(int, int) { return false; }
 #endif
+
+template <int H>
+Score of_dim(const Shape& s) {
+    if constexpr (compiled_in(H, 32))
+        if (s.dim == 32) return of_dtype<H, 32>(s);
+    if constexpr (compiled_in(H, 64))
+        if (s.dim == 64) return of_dtype<H, 64>(s);
     return of_dtype<H, 0>(s);
 }
 
 void score(const Shape& s, const void* prepared, const uint8_t* table, const int32_t* rows, size_t count, size_t soon,
            float* scores) {
-    for (size_t i = 0; i < (ahead_of(s) < 8 ? 8 : ahead_of(s)) && i < soon; ++i)
-        prefetch_record(table + size_t(rows[i]) * s.stride, s.bytes);
     const Score all = s.heads == 1   ? of_dim<1>(s)
                       : s.heads == 2 ? of_dim<2>(s)
                       : s.heads == 4 ? of_dim<4>(s)
@@ -118,7 +120,7 @@ uint64_t touch(const Shape& s, const uint8_t* table, const int32_t* rows, size_t
     const size_t ahead = ahead_of(s);
     uint64_t sum = 0;
     for (size_t i = 0; i < count; ++i) {
-        if (i + ahead < count) prefetch_record(table + size_t(rows[i + ahead]) * s.stride, s.bytes);
+        if (i + ahead < count) prefetch_octets(table + size_t(rows[i + ahead]) * s.stride, 0, s.bytes);
         const uint8_t* record = table + size_t(rows[i]) * s.stride;
         for (size_t at = 0; at < s.bytes; at += line) sum += record[at];
         sum += record[s.bytes - 1];
@@ -128,7 +130,7 @@ uint64_t touch(const Shape& s, const uint8_t* table, const int32_t* rows, size_t
 
 size_t prepared_bytes(const Shape& s) {
     return s.kind == Kind::maxsim ? blocks_of(s) * maxsim_block_bytes(size_of(s), s.dtype == Dtype::int8)
-                                    : cross_layout(size_of(s), blocks_of(s), s.dtype == Dtype::int8).bytes;
+                                  : cross_layout(size_of(s), blocks_of(s), s.dtype == Dtype::int8).bytes;
 }
 
 void prepare(const Shape& s, const float* user, void* prepared) {
@@ -159,7 +161,8 @@ bool supported() {
 #define NAME_OF_(level) level##_level
 #define NAME_OF(level) NAME_OF_(level)
 extern const Level NAME_OF(RANKTOWER_LEVEL);
-const Level NAME_OF(RANKTOWER_LEVEL) = {RANKTOWER_LEVEL_NAME,       RANKTOWER_LEVEL::supported, RANKTOWER_LEVEL::prepared_bytes,
-                                        RANKTOWER_LEVEL::prepare,   RANKTOWER_LEVEL::score,     RANKTOWER_LEVEL::touch};
+const Level NAME_OF(RANKTOWER_LEVEL) = {
+    RANKTOWER_LEVEL_NAME,     RANKTOWER_LEVEL::supported, RANKTOWER_LEVEL::prepared_bytes,
+    RANKTOWER_LEVEL::prepare, RANKTOWER_LEVEL::score,     RANKTOWER_LEVEL::touch};
 
 }  // namespace ranktower

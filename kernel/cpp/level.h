@@ -19,7 +19,8 @@ struct Level {
     size_t (*prepared_bytes)(const Shape&);
     void (*prepare)(const Shape&, const float* user, void* prepared);
 
-    // scores[i] of row rows[i] of the table; every row is there. Those up to rows[soon - 1] are prefetched for a next call.
+    // scores[i] of row rows[i] of the table; every row is there. Those up to rows[soon - 1] are prefetched for a next
+    // call.
     void (*score)(const Shape&, const void* prepared, const uint8_t* table, const int32_t* rows, size_t count,
                   size_t soon, float* scores);
 

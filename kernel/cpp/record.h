@@ -7,11 +7,12 @@
 //   bias     f32                   where the head has one
 //
 // heads is item_heads rounded up to a power of two; what is added repeats the last head, so that no maximum changes.
-// dims is dim rounded up so that heads * dims is a multiple of 16, plain is dim rounded up to 16; what is added is zero.
-// The stride is a multiple of 16 octets: a record of 4 heads of 32 int8 with bias takes 144, always three cache lines;
-// rounding up to 64 would take 192 for the same three.
+// dims is dim rounded up so that heads * dims is a multiple of 16, plain is dim rounded up to 16; what is added is
+// zero. The stride is a multiple of 16 octets: a record of 4 heads of 32 int8 with bias takes 144, always three cache
+// lines; rounding up to 64 would take 192 for the same three.
 //
-// Quads put a whole head's part into one 128-bit quarter of a register, so that sixteen sums are reduced within quarters.
+// Quads put a whole head's part into one 128-bit quarter of a register, so that sixteen sums are reduced within
+// quarters.
 
 #pragma once
 
@@ -33,8 +34,8 @@ struct Shape {
     float scale;  // 1/tau
 
     // derived, by make_shape alone
-    int heads, dims, plain;              // padded, see above
-    int parts, user_size, item_size;     // matrices of an item record; floats of unpacked records
+    int heads, dims, plain;                                // padded, see above
+    int parts, user_size, item_size;                       // matrices of an item record; floats of unpacked records
     size_t v_at, g_at, scales_at, bias_at, bytes, stride;  // octets from the start of a record
 };
 

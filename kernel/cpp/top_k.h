@@ -1,8 +1,8 @@
 // The k best of a stream of scores, best first; equal scores keep the order of their coming; NaN comes last.
 //
 // A score becomes a 64-bit key, its bits in falling order above its position, so that one integer comparison decides
-// score and tie. Keys that cannot reach the best k any more are not kept: of 5,000 scores in random order about 500 enter
-// the buffer for k = 100, which is cut back to k whenever it is full. Portable code.
+// score and tie. Keys that cannot reach the best k any more are not kept: of 5,000 scores in random order about 500
+// enter the buffer for k = 100, which is cut back to k whenever it is full. Portable code.
 
 #pragma once
 

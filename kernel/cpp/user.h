@@ -10,7 +10,8 @@ constexpr int most_blocks = max_user_heads / 4;
 
 INLINE int blocks_of(const Shape& s) { return (s.user_heads + 3) / 4; }  // of four user heads
 
-// How far the loops run. With D > 0 the compiler knows, unrolls and keeps in registers: 4x4x32 MaxSim takes half the time.
+// How far the loops run. With D > 0 the compiler knows, unrolls and keeps in registers: 4x4x32 MaxSim takes half the
+// time.
 struct Size {
     int heads, dims, plain;
 
@@ -26,6 +27,14 @@ struct Size {
 template <int H, int D>
 INLINE Size size_of(const Shape& s) {
     return D > 0 ? Size{H, D, D} : Size{H, s.dims, s.plain};
+}
+
+constexpr size_t line = 64;
+
+// Every cache line that holds octets [from, to) of a record.
+INLINE void prefetch_octets(const uint8_t* record, size_t from, size_t to) {
+    for (size_t at = from; at < to; at += line) prefetch(record + at);
+    prefetch(record + to - 1);
 }
 
 INLINE Size size_of(const Shape& s) { return {s.heads, s.dims, s.plain}; }

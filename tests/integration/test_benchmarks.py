@@ -110,7 +110,8 @@ def test_the_page_is_filled_from_results(service_run: str, memory_run: str, fold
     shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
     assert plots.main(["--results", str(folder), "--docs", str(tmp_path), "--size", "tiny"]) == 0
     page = (tmp_path / "performance.md").read_text()
-    assert "Not measured yet" not in page
+    assert "Not measured yet: run `make bench-service`" not in page
+    assert "Not measured yet: run `make bench-memory`" not in page
     assert page.count("| plain-local |") == 2
     drawing = ElementTree.fromstring((tmp_path / "plots" / "service-candidates.svg").read_text())
     assert {"ours", "plain", "empty"} <= {text.text for text in drawing.iter() if text.text}
@@ -320,4 +321,4 @@ def test_columns_of_words_stand_left_and_columns_of_numbers_right() -> None:
 
 def test_a_chart_needs_points_above_zero() -> None:
     with pytest.raises(ValueError, match="above 0"):
-        chart("t", "x", "y", {"a": [(1.0, 0.0), (2.0, 1.0)]}, dashed=frozenset())
+        chart("t", "x", "y", {"a": [(1.0, 0.0), (2.0, 1.0)]})

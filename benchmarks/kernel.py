@@ -75,8 +75,8 @@ def size_of(name: str) -> Size:
     if name == "tiny":
         return Size(items=(2_000,), counts=(50, 200), shapes=SHAPES[:2], cell_s=0.05, bars_s=0.2, operation_s=0.05,
                     pool_bytes=4 << 20)  # fmt: skip
-    return Size(items=(1_000_000, 10_000_000), counts=(500, 2_000, 5_000, 20_000), shapes=SHAPES, cell_s=2.5,
-                bars_s=15.0, operation_s=2.0, pool_bytes=pool_bytes())  # fmt: skip
+    return Size(items=(1_000_000, 10_000_000), counts=(500, 2_000, 5_000, 20_000), shapes=SHAPES, cell_s=2.0,
+                bars_s=12.0, operation_s=1.5, pool_bytes=pool_bytes())  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,7 +148,7 @@ class Run:
         """What to make of a head: its dtypes that memory holds, and whether the vectors of rivals fit beside them."""
         head = HeadSpec(kind=kind, user_heads=shape[0], item_heads=shape[1], dim=shape[2], scale=1.0)
         left, dtypes = int(MEMORY_SHARE * available_bytes()), []
-        for dtype in sorted(NARROW if items > LARGE else DTYPES, key=lambda one: table_bytes(head, items, one)):
+        for dtype in sorted(dtypes_of(kind, shape, items), key=lambda one: table_bytes(head, items, one)):
             if table_bytes(head, items, dtype) > left:
                 why = "n/a: memory does not hold it"
                 self.absent[f"{OURS} {dtype}, {kind} {shape_name(shape)}, {items:,} items"] = why
@@ -216,6 +216,11 @@ class Run:
         report.notes += [f"{name}: {why}" for name, why in self.absent.items()]
         report.bars += bars(report.rows, self.levels)
         return report
+
+
+def dtypes_of(kind: HeadKind, shape: Shape, items: int) -> tuple[Dtype, ...]:
+    """f32 records only where small, or of the bars' shape: they take longest to write and are not for serving."""
+    return NARROW if items > LARGE or (kind == "cross_attention" and shape != HEADLINE) else DTYPES
 
 
 def numpy_blas() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -143,9 +143,9 @@ class FusedInputs(nn.Module):
     def __init__(self, inputs: Inputs, tables: Tables) -> None:
         super().__init__()
         places = list(dict.fromkeys(inputs.places))
-        self.weight = nn.Parameter(torch.cat([tables[place].weight.detach() for place in places]))
-        sizes = [tables[place].num_embeddings for place in places]
-        begins = {place: sum(sizes[:k]) for k, place in enumerate(places)}
+        weights = [cast(nn.Embedding, tables[place]).weight.detach() for place in places]
+        self.weight = nn.Parameter(torch.cat(weights))
+        begins = {place: sum(map(len, weights[:k])) for k, place in enumerate(places)}
         lengths = torch.tensor(inputs.lengths)
         starts = (lengths.cumsum(0) - lengths).tolist()
         offset = torch.tensor([begins[place] for place in inputs.places], dtype=torch.int32)

@@ -273,16 +273,15 @@ class Table {
     RankedArrays rank_ids(const Vector<float>& user, const Vector<int64_t>& ids, size_t k, int64_t deadline_ns) const {
         ids_.need_integers(true);
         return ranked(user, ids.shape(0), k, deadline_ns,
-                      [&](size_t start, size_t n, int32_t* rows) { lookup(index_, ids.data() + start, n, rows); });
+                      [&](size_t n, int32_t* rows) { lookup(index_, ids.data(), n, rows); });
     }
 
     RankedArrays rank_texts(const Vector<float>& user, Vector<uint8_t> data, Vector<int64_t> starts,
                             Vector<int64_t> sizes, size_t k, int64_t deadline_ns) const {
         ids_.need_integers(false);
         const Texts texts = TextArrays{data, starts, sizes}.texts();
-        return ranked(user, starts.shape(0), k, deadline_ns, [&](size_t start, size_t n, int32_t* rows) {
-            lookup(index_, Texts{texts.data, texts.starts + start, texts.sizes + start}, n, rows);
-        });
+        return ranked(user, starts.shape(0), k, deadline_ns,
+                      [&](size_t n, int32_t* rows) { lookup(index_, texts, n, rows); });
     }
 
     // Lists of integer ids end to end, one for each row of users; equal to one by one.
@@ -302,7 +301,7 @@ class Table {
             nb::gil_scoped_release release;
             for (size_t i = 0; i < results.size(); ++i) {
                 const int64_t* from = ids.data() + (i ? ends.data()[i - 1] : 0);
-                const auto find = [&](size_t at, size_t n, int32_t* rows) { lookup(index_, from + at, n, rows); };
+                const auto find = [&](size_t n, int32_t* rows) { lookup(index_, from, n, rows); };
                 const auto prepared = prepare(users.data() + i * shape_.user_size);
                 results[i] = ranktower::rank(level_, shape_, prepared.get(), rows_.data(), find,
                                              size_t(ids.data() + ends.data()[i] - from), ks[i], deadline_ns);

@@ -247,7 +247,7 @@ def test_scoring_ends_at_the_deadline(level: str) -> None:
     while not ranked.seen:  # the machine may have been busy elsewhere
         ranked = table.rank(user, ids, 10, monotonic_ns() + allowed_ns)
         allowed_ns *= 2
-    assert ranked.seen % 256 == 0
+    assert 0 < ranked.seen <= len(ids)
     part = table.rank(user, ids[: ranked.seen], 10)
     np.testing.assert_array_equal(ranked.positions, part.positions)
     np.testing.assert_array_equal(ranked.missing, part.missing)

@@ -7,8 +7,8 @@ Scores. With user heads u_p (Hu, d), item heads v_q (Hi, d), temperature tau = 1
                       E_u' = E_u + G_u * (P V_i)             E_i' = E_i + G_i * (R^T V_u)
                       s  = scale * sum_p max_q cos(E_u'_p, E_i'_q) + b,    cos divides by max(norm, 1e-6)
 
-Index. Open addressing with linear probing over a power of two of slots, at most a quarter full; slot = row + 1, 0 is empty;
-a key starts at mix(key) & (slots - 1), mix being the finaliser of splitmix64.
+Index. Open addressing with linear probing over a power of two of slots, at most a quarter full; slot = row + 1, 0 is
+empty; a key starts at mix(key) & (slots - 1), mix being the finaliser of splitmix64.
 """
 
 from __future__ import annotations

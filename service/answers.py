@@ -14,6 +14,7 @@ from msgspec import UNSET, Struct, UnsetType
 from numpy.typing import NDArray
 
 from kernel.ids import Texts
+from kernel.items import items_json
 from service.admission import Permit
 from service.errors import RequestError
 from service.ranker import Ranker, Ranking
@@ -134,7 +135,7 @@ def encode_batch(release: str, rankings: Sequence[Ranking]) -> bytes:
 
 def counts_of(ranking: Ranking) -> dict[str, int]:
     """`schema.Counts`."""
-    return {"candidates": ranking.candidates, "scored": ranking.scored, "returned": len(ranking.ids)}
+    return {"candidates": ranking.candidates, "scored": ranking.scored, "returned": len(ranking.kept)}
 
 
 def json_ids(ids: Any) -> Any:
@@ -146,10 +147,18 @@ def _document(ranking: Ranking) -> dict[str, Any]:
     return {
         "release": ranking.release,
         "user_known": ranking.user_known,
-        "items": orjson.Fragment(_encode_items(_items(ranking))),
+        "items": orjson.Fragment(_items_json(ranking)),
         "missing": json_ids(ranking.missing),
         "counts": counts_of(ranking),
     }
+
+
+def _items_json(ranking: Ranking) -> bytes:
+    if not isinstance(ranking.kept, Texts) and ranking.explanation is None:
+        text = items_json(ranking.kept, ranking.scores, ranking.probabilities, ranking.positions)
+        if text is not None:
+            return text
+    return _encode_items(_items(ranking))
 
 
 def _items(ranking: Ranking) -> list[_Item]:

@@ -217,7 +217,7 @@ def write_ranking(ranking: Ranking, item_ids: IdType) -> bytes:
     columns["position"] = pa.array(ranking.positions, pa.int32())
     if ranking.explanation is not None:
         for name, part in zip(ranking.explanation._fields, ranking.explanation, strict=True):
-            unknown = [None] * (len(ranking.ids) - len(part))
+            unknown = [None] * (len(ranking.kept) - len(part))
             columns[name] = pa.array([*part.tolist(), *unknown], pa.list_(pa.from_numpy_dtype(part.dtype)))
     said = {
         "release": ranking.release,

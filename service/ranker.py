@@ -53,11 +53,16 @@ class Ranking:
     candidates: int
     scored: int  # fewer than candidates less missing where the deadline passed meanwhile
     missing: Ids  # (m,) unknown candidates in the caller's order
-    ids: list[Any]  # (k,)
+    kept: Ids  # (k,)
     positions: NDArray[np.int32] | None  # (k,) into the caller's list, None when retrieved
     scores: NDArray[np.float32]  # (k,), never rising, NaN for unknown items at the end
     probabilities: NDArray[np.float32] | None  # (k,), None without calibration
     explanation: Explanation | None  # of the known items among the k
+
+    @property
+    def ids(self) -> list[Any]:
+        """The k ids as Python has them."""
+        return self.kept.tolist()
 
 
 class _User(NamedTuple):
@@ -217,7 +222,7 @@ class Ranker:
             candidates=len(ids),
             scored=ranked.seen - len(missing),
             missing=ids[missing],
-            ids=ids[positions].tolist(),
+            kept=ids[positions],
             positions=positions,
             scores=scores,
             probabilities=_probabilities(self.bundle.calibration, scores),
@@ -246,7 +251,7 @@ class Ranker:
             candidates=len(rows),
             scored=len(rows),
             missing=np.empty(0, np.int64),
-            ids=self.items.ids(rows[best]).tolist(),
+            kept=self._ids_of(rows[best]),
             positions=None,
             scores=scores[best],
             probabilities=_probabilities(self.bundle.calibration, scores[best]),
@@ -254,6 +259,10 @@ class Ranker:
         )
         clock.lap("topk")
         return ranking
+
+    def _ids_of(self, rows: NDArray[np.int32]) -> Ids:
+        ids = self.items.ids(rows)
+        return ids if self.items.id_type == "int" else Texts.of(ids.tolist())
 
     def _explain(self, record: NDArray[np.float32], rows: NDArray[np.int32]) -> Explanation:
         return Explanation(*explain(self.head, record, self.table.records(rows)))

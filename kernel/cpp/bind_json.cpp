@@ -1,4 +1,4 @@
-// The Python side of json_candidates.h: ids leave as arrays, and where each list of candidates ends among them.
+// The Python side of json_candidates.h and json_items.h. Ids leave as arrays, and where each list ends among them.
 
 #include "bind_json.h"
 
@@ -9,12 +9,14 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "json_candidates.h"
+#include "json_items.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -84,11 +86,28 @@ std::optional<Texts> split_texts(const nb::bytes& body, int depth) {
     return Texts(nb::bytes(rest.data(), rest.size()), std::move(ends), give(std::move(starts)), give(std::move(sizes)));
 }
 
+template <class T>
+using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+nb::bytes items_json(const Column<int64_t>& ids, const Column<float>& scores,
+                     const std::optional<Column<float>>& probabilities,
+                     const std::optional<Column<int32_t>>& positions) {
+    const size_t count = ids.shape(0);
+    if (scores.shape(0) != count || (probabilities && probabilities->shape(0) != count) ||
+        (positions && positions->shape(0) != count))
+        throw std::invalid_argument("ids, scores, probabilities and positions differ in length");
+    const std::string text = json::items(ids.data(), scores.data(), probabilities ? probabilities->data() : nullptr,
+                                         positions ? positions->data() : nullptr, count);
+    return nb::bytes(text.data(), text.size());
+}
+
 }  // namespace
 
 void bind_json(nb::module_& m) {
     m.def("split_integers", &split_integers, "body"_a, "depth"_a);
     m.def("split_texts", &split_texts, "body"_a, "depth"_a);
+    m.def("items_json", &items_json, "ids"_a.noconvert(), "scores"_a.noconvert(), "probabilities"_a.noconvert().none(),
+          "positions"_a.noconvert().none());
 }
 
 }  // namespace ranktower

@@ -156,6 +156,6 @@ INLINE void transpose_quarters(I& a, I& b, I& c, I& d) {
 }
 INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
-INLINE void prefetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T0); }
+INLINE void prefetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
 
 }  // namespace ranktower::RANKTOWER_LEVEL

@@ -201,6 +201,6 @@ INLINE F to_float(I x) {
 
 #undef EACH_QUARTER
 
-INLINE void prefetch(const void* at) { __builtin_prefetch(at); }
+INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 }  // namespace ranktower::RANKTOWER_LEVEL

@@ -87,7 +87,7 @@ def test_the_answer_holds_what_the_ranking_holds() -> None:
         candidates=3,
         scored=2,
         missing=np.array([7]),
-        ids=[5, 7],
+        kept=np.array([5, 7]),
         positions=np.array([2, 0], np.int32),
         scores=np.array([0.1, np.nan], np.float32),
         probabilities=np.array([0.7, np.nan], np.float32),
@@ -115,7 +115,7 @@ def made_ranking(count: int, **more: Any) -> Ranking:
     scores = np.random.default_rng(0).normal(size=count).astype(np.float32)
     given: dict[str, Any] = {
         "release": "r1", "user_known": True, "candidates": count, "scored": count, "missing": np.empty(0, np.int64),
-        "ids": list(range(count)), "positions": np.arange(count, dtype=np.int32), "scores": scores,
+        "kept": np.arange(count), "positions": np.arange(count, dtype=np.int32), "scores": scores,
         "probabilities": None, "explanation": None,
     }  # fmt: skip
     return Ranking(**{**given, **more})

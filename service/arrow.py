@@ -33,6 +33,7 @@ TYPES: dict[IdType, tuple[pa.DataType, ...]] = {"int": (pa.int64(),), "string": 
 FORM = "send one schema and one record batch, as pyarrow.ipc.new_stream writes them"
 OFFSETS: dict[pa.DataType, np.dtype[Any]] = {pa.utf8(): np.dtype(np.int32), pa.large_utf8(): np.dtype(np.int64)}
 HEADER, COMPRESSION = 2, 3  # fields of the flatbuffers tables Message and RecordBatch of the Arrow columnar format
+WRITTEN = pa.ipc.IpcWriteOptions(use_threads=False)
 
 
 def answerer(*, takes: bool, sends: bool) -> Answerer:
@@ -209,7 +210,7 @@ def _read_rest(ranker: Ranker, document: bytes) -> RestRequest[Any, Any]:
 def write_ranking(ranking: Ranking, item_ids: IdType) -> bytes:
     """A stream of one record batch: an item a row, the rest of `schema.RankAnswer` as JSON in the schema's metadata."""
     columns: dict[str, pa.Array] = {
-        "id": pa.array(ranking.ids, TYPES[item_ids][0]),
+        "id": pa.array(ranking.ids if isinstance(ranking.kept, Texts) else ranking.kept, TYPES[item_ids][0]),
         "score": _floats(ranking.scores),
     }
     if ranking.probabilities is not None:
@@ -226,9 +227,9 @@ def write_ranking(ranking: Ranking, item_ids: IdType) -> bytes:
         "counts": counts_of(ranking),
     }
     metadata = {name: orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY) for name, value in said.items()}
-    batch = pa.RecordBatch.from_pydict(columns, metadata=metadata)
+    batch = pa.RecordBatch.from_arrays([*columns.values()], names=[*columns], metadata=metadata)
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(use_threads=False)) as writer:
+    with pa.ipc.new_stream(sink, batch.schema, options=WRITTEN) as writer:
         writer.write_batch(batch)
     encoded: bytes = sink.getvalue().to_pybytes()
     return encoded
@@ -236,4 +237,4 @@ def write_ranking(ranking: Ranking, item_ids: IdType) -> bytes:
 
 def _floats(values: NDArray[np.float32]) -> pa.Array:
     """(k,) float32, null for NaN."""
-    return pa.array(values, pa.float32(), from_pandas=True)
+    return pa.array(values, pa.float32(), from_pandas=bool(np.isnan(values[-1:]).any()))  # what is NaN is last

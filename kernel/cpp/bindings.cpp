@@ -408,6 +408,7 @@ void bind_table(nb::module_& m) {
 
 NB_MODULE(_native, m) {
     m.doc() = "The native kernel. kernel/engine.py is its door.";
+    nanobind::set_leak_warnings(false);  // tables that live until the process ends are no leak
     m.def("levels", &ranktower::known_levels);
     ranktower::bind_records(m);
     ranktower::bind_table(m);

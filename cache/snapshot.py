@@ -285,6 +285,8 @@ def _check_sections(path: Path, header: Header) -> None:
     }
     if header.id_type == "string":
         wanted |= {"offsets": 8 * (count + 1), "text": header.sections.get("text", Section(0, -1)).size}
+    if count > MAX_ROWS:
+        raise SnapshotError(f"{path} claims {count} rows, at most {MAX_ROWS} fit: publish the release again")
     for name, size in wanted.items():
         section = header.sections.get(name)
         if section is None or section.size != size or size < 0 or section.offset % ALIGNMENT:

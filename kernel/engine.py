@@ -1,8 +1,7 @@
 """The door to the kernel: native code at the best level that this processor has, else the NumPy reference.
 
 Levels, worst first: `numpy` (the reference; what serves where the extension was not built), `portable`, `avx2`,
-`avx512`, `avx512-vnni`. `select` chooses one for all tables opened after it; `avx512` takes `avx512-vnni` where the
-processor has that.
+`avx512`, `avx512-vnni`. `select` chooses one for all tables opened after it.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def levels() -> list[str]:
 def select(name: str = "auto", *, require_native: bool = False) -> str:
     """Choose the level of tables opened from now on; returns its name. Raises KernelError when it cannot be had.
 
-    `auto` is the best one, `avx512` the best of its two. Without the extension the reference serves, with one warning,
+    `auto` is the best one. Without the extension the reference serves, with one warning,
     or nothing where it is required.
     """
     global _selected  # noqa: PLW0603 - one choice a process
@@ -56,9 +55,8 @@ def select(name: str = "auto", *, require_native: bool = False) -> str:
             f"a native kernel is required, but {reason}: install ranktower where there is a C++ compiler, "
             "or unset RANKTOWER_REQUIRE_NATIVE"
         )
-    wanted = {"auto": here[::-1], "avx512": ["avx512-vnni", "avx512"]}.get(name, [name])
-    found = next((level for level in wanted if level in here), None)
-    if found is None:
+    found = here[-1] if name == "auto" else name
+    if found not in here:
         raise KernelError(f"kernel level {name!r} cannot be had here: use auto or one of {', '.join(here)}")
     if native is None and _selected is None:
         log.warning("the native kernel is not there (%s): the NumPy reference scores, many times slower", _why)
@@ -180,6 +178,8 @@ class _NumpyFinder:
     def __init__(self, index: Index) -> None:
         if int(index.slots.max(initial=0)) > len(index.keys):
             raise KernelError(f"the index cannot be opened (a slot names a row beyond {len(index.keys)})")
+        if index.slots.all():
+            raise KernelError("the index cannot be opened (no slot is free: a search would not end)")
         self.index = index
 
     def __len__(self) -> int:
@@ -213,7 +213,7 @@ class Ranked:
     positions: NDArray[np.int32]  # (k,) into the list, best first
     scores: NDArray[np.float32]  # (k,)
     missing: NDArray[np.int32]  # (m,) positions of unknown ids
-    seen: int  # candidates before the deadline: those from here on are neither scored nor looked up
+    seen: int  # candidates before the deadline: those from here on are neither scored nor told missing
 
 
 class Table(Protocol):

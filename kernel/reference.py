@@ -129,6 +129,7 @@ def _normalise(x: Floats) -> Floats:
 def top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.int32]:
     """Positions of the k highest scores, best first; ties keep the lower position first; k is clamped."""
     k = min(max(k, 0), len(scores))
+    scores = np.where(np.isnan(scores), np.float32(-np.inf), scores)  # last, as in the native kernel
     if k == 0:
         return np.empty(0, np.int32)
     if k == len(scores):

@@ -7,7 +7,7 @@ import gc
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,7 +18,6 @@ import numpy as np
 import orjson
 from fastapi import FastAPI, Query
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -121,7 +120,7 @@ class Service:
             return answerer(permit, ranker, body, self.limits, clock)
 
         searches = answerer is answer_retrieve  # as long as the index is large, which the body does not tell
-        rankings = body.count(b'"candidates"') if answerer is answer_batch else 1
+        rankings = min(body.count(b"{"), self.limits.max_batch) if answerer is answer_batch else 1
         budget_ns = self.settings.inline_ms * 1e6 - REQUEST_NS * rankings
         if (
             not searches
@@ -213,7 +212,7 @@ def _most_candidates(body: bytes, form: str, enough: float) -> int:
     """A bound from above on the candidates of a body. Commas, a close one, are counted only where the size alone does
     not show that `enough` are not exceeded: counting takes 10 us of a body of 5,000, by `bytes.count` 40."""
     if form != JSON:
-        return len(body) // 8
+        return len(body) // 4  # a text takes the 4 octets of its place at least, an integer 8
     most = len(body) // 2
     return most if most <= enough else int(np.count_nonzero(np.frombuffer(body, np.uint8) == COMMA))
 
@@ -269,19 +268,34 @@ def _spoken(request: Request, answerer: Answerer, form: str) -> Answerer:
     return arrow.answerer(takes=form == ARROW, sends=sends)
 
 
-class Direct(APIRoute):
-    """A route that hands its endpoint the request and sends what it returns: documented as any other, without the
-    dependencies and exit stacks that FastAPI prepares for each request (60 us of 220)."""
+Answering = Callable[[Request], Awaitable[Response]]
 
-    def __init__(self, *given: Any, **options: Any) -> None:
-        super().__init__(*given, **options)
-        endpoint = self.endpoint
 
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            response = await endpoint(Request(scope, receive, send))
+class Front(FastAPI):
+    """FastAPI, past which the routes that rank go straight to their endpoints: its middleware, router, dependencies and
+    exit stacks take 150 us of a request that has 1,000. They are registered with it all the same, for the document,
+    and for what is wrong with a method or a path."""
+
+    ranking: dict[str, Answering]
+    telemetry: Telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self.ranking.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if endpoint is None:
+            return await super().__call__(scope, receive, send)
+        start, status, request = perf_counter(), 500, Request(scope, receive)
+        try:
+            try:
+                response = await endpoint(request)
+            except Exception as error:
+                response = problems.problem_of(request, error)
+                if response.status_code == 500:  # nobody foresaw it: the server logs it
+                    await response(scope, receive, send)
+                    raise
+            status = response.status_code
             await response(scope, receive, send)
-
-        self.app = answer
+        finally:
+            self.telemetry.observe_answer(scope["path"], status, perf_counter() - start)
 
 
 class Observed:
@@ -318,8 +332,8 @@ def create_app(settings: Settings, store: ReadableStore | None = None) -> FastAP
         async with service.running():
             yield
 
-    app = FastAPI(title=TITLE, version=VERSION, lifespan=lifespan, redirect_slashes=False, redoc_url=None)
-    app.state.service = service
+    app = Front(title=TITLE, version=VERSION, lifespan=lifespan, redirect_slashes=False, redoc_url=None)
+    app.state.service, app.telemetry = service, service.telemetry
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     app.add_middleware(Observed, telemetry=service.telemetry)
     for kind in (RankTowerError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
@@ -333,7 +347,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return problems.problem_of(request, error)
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
+def _add_answers(app: Front, service: Service) -> None:
     """The routes that rank."""
 
     async def rank(request: Request) -> Response:
@@ -348,13 +362,9 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         """Find the best items of the whole catalogue for one user."""
         return await service.answer(request, answer_retrieve)
 
-    for path, endpoint, name in (
-        ("/v1/rank", rank, "rank"),
-        ("/v1/rank:batch", rank_batch, "batch"),
-        ("/v1/retrieve", retrieve, "retrieve"),
-    ):
-        app.router.add_api_route(path, endpoint, methods=["POST"], route_class_override=Direct, **documented(name))
-    app.router.routes.sort(key=lambda route: not isinstance(route, Direct))  # found before those of the documentation
+    app.ranking = {"/v1/rank": rank, "/v1/rank:batch": rank_batch, "/v1/retrieve": retrieve}
+    for (path, endpoint), name in zip(app.ranking.items(), ("rank", "batch", "retrieve"), strict=True):
+        app.add_api_route(path, endpoint, methods=["POST"], **documented(name))
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -163,9 +163,10 @@ def _ids(stream: _Stream, item_ids: IdType) -> Ids:
         batch.validate(full=True)
         column = batch.column(0)
         nulls = column.null_count
+        # a column of type null has no octets whatever its length: nothing may be made of each of its rows
+        masked = bool(nulls) and not pa.types.is_null(column.type)
+        first = int(np.argmin(column.is_valid().to_numpy(zero_copy_only=False))) if masked else 0
     if nulls:
-        valid = column.is_valid().to_numpy(zero_copy_only=False)
-        first = int(np.argmin(valid))
         raise RequestError(
             f"candidates[{first}] is null ({nulls} are)", field=f"candidates[{first}]", remedy="leave nulls out"
         )

@@ -196,7 +196,12 @@ class Refresher:
 
     def _swap(self, ranker: Ranker, users: str | None) -> None:
         """Serve the ranker over this version of the user table, once it has answered its recorded requests."""
-        table = self._store.fetch_users(ranker.spec.id, self._cache_dir)  # none: the local copy goes, too
+        try:
+            table = self._store.fetch_users(ranker.spec.id, self._cache_dir)  # none: the local copy goes, too
+        except Awaited:
+            if self.standing.ranker is not None:
+                raise
+            table, users = None, None  # a worker that starts answers without users until their table is here
         ranker = ranker.with_users(table)
         ranker.warm_up()
         self._stand(ranker=ranker, users=users, swaps=self.standing.swaps + 1)

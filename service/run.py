@@ -60,6 +60,7 @@ def _config(settings: Settings, app: Any) -> uvicorn.Config:
         ws="none",
         lifespan="on",
         access_log=False,
+        proxy_headers=False,  # nothing here depends on where a request comes from
         server_header=False,
         backlog=BACKLOG,
         log_config=log_config(settings.log_level),

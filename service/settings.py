@@ -33,8 +33,9 @@ class KernelSettings(BaseSettings):
 
     def choose_kernel(self) -> str:
         """Select the level of this process; returns its name. Raises SettingsError where it cannot be had."""
+        better = self.kernel == "avx512" and "avx512-vnni" in engine.levels()
         try:
-            return engine.select(self.kernel, require_native=self.require_native)
+            return engine.select("avx512-vnni" if better else self.kernel, require_native=self.require_native)
         except KernelError as error:
             detail, _, remedy = str(error).rpartition(": ")
             raise SettingsError(detail, field="kernel", remedy=remedy) from error

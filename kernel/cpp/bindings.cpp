@@ -104,7 +104,7 @@ void check_slots(const Writable<const uint32_t>& slots, size_t keys) {
 
 size_t fill_slots(const Vector<uint64_t>& keys, const Writable<uint32_t>& slots) {
     check_slots(Writable<const uint32_t>(slots), keys.shape(0));
-    if (keys.shape(0) >= 0xffffffff) refuse(std::to_string(keys.shape(0)) + " keys do not fit a 32-bit index");
+    if (keys.shape(0) >= 0x7fffffff) refuse(std::to_string(keys.shape(0)) + " keys are more than rows can number");
     nb::gil_scoped_release release;
     return build_index(keys.data(), keys.shape(0), slots.data(), slots.shape(0) - 1);
 }

@@ -52,28 +52,31 @@ inline void spread(const Shape& s, const float* vector, float* to) {
 
 constexpr float int16_most = 127 * 256;  // splits into two signed octets, and 256 products of it with 127 fit 32 bits
 
-// One user vector as int16: returns its scale. start (16,) int32: -128 times the sum of each lane's quads.
+// One user vector as int16: returns its scale, NaN where a number is not finite. start (16,) int32: -128 times the sum of
+// each lane's quads.
 inline float spread_int16(const Shape& s, const float* vector, uint8_t* to, int32_t* start) {
     float most = 0;
     for (int k = 0; k < s.dim; ++k) {
         const float size = vector[k] < 0 ? -vector[k] : vector[k];
         most = size > most ? size : most;
     }
-    const float scale = most / int16_most;
+    bool finite = true;
+    for (int k = 0; k < s.dim; ++k) finite &= vector[k] - vector[k] == 0;
+    const float scale = finite ? most / int16_most : 0.0f;  // 0 also of vectors below 1e-40
     for (int lane = 0; lane < 16; ++lane) start[lane] = 0;
     for (int i = 0; i < size_of(s).octet_steps(); ++i) {
         int16_t quads[64];
         for (int lane = 0; lane < 16; ++lane)
             for (int j = 0; j < 4; ++j) {
                 const int k = (16 * i + lane) / s.heads * 4 + j;
-                const float x = k < s.dim && most > 0 ? vector[k] / scale : 0.0f;
+                const float x = k < s.dim && scale > 0 ? vector[k] / scale : 0.0f;
                 const int rounded = int(x < 0 ? x - 0.5f : x + 0.5f);
                 quads[4 * lane + j] = int16_t(rounded);
                 start[lane] -= 128 * rounded;
             }
         store_user_quads(to + i * user_quads_bytes, quads);
     }
-    return scale;
+    return finite ? scale : __builtin_nanf("");
 }
 
 // --- what both kernels do with registers of scores

@@ -7,7 +7,7 @@ PORT   ?= 8080
 EXTRA  ?=
 SIZE   ?= full
 
-KERNEL_TESTS := tests/unit/test_engine.py tests/unit/test_record.py tests/unit/test_candidates.py
+KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids snapshot precision)
 
 VENV := .venv
 BIN  := $(VENV)/bin

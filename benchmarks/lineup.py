@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import orjson
 
 from benchmarks.arrow import arrow_body, arrow_items
 from benchmarks.checks import TOLERANCE, Referee, Stored, drawn
@@ -82,14 +84,14 @@ class Lineup:
             self._referees[made.plan.name] = Referee(made)
         return self._referees[made.plan.name]
 
-    def our_port(self, made: Made) -> int:
+    def our_port(self, made: Made, *options: str) -> int:
         """The port of RankTower on that release, as its users start it, with one worker."""
-        if made.plan.name not in self._ports:
-            port = self._ports[made.plan.name] = free_port()
-            self.stack.enter_context(
-                server([*serve_command(made.store, port), "--workers", "1"], port, self.server_core, ready=b"/readyz")
-            )
-        return self._ports[made.plan.name]
+        name = " ".join([made.plan.name, *options])
+        if name not in self._ports:
+            port = self._ports[name] = free_port()
+            command = [*serve_command(made.store, port), "--workers", "1", *options]
+            self.stack.enter_context(server(command, port, self.server_core, ready=b"/readyz"))
+        return self._ports[name]
 
     def rival_port(self, module: str, *arguments: str) -> int:
         port = free_port()
@@ -101,17 +103,36 @@ class Lineup:
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def _ours(lineup: Lineup, name: str, made: Made) -> Ranking:
-    found = lineup.bodies(made)
+def _ours(lineup: Lineup, name: str, made: Made, *options: str) -> Ranking:
+    found = dict(lineup.bodies(made))
     return Ranking(
         name=name,
-        port=lineup.our_port(made),
+        port=lineup.our_port(made, *options),
         course=lineup.course,
         requests=_requests(found),
         bodies=found,
         referee=lineup.referee(made),
         stored=Stored(lambda rows: stored_records(made, rows), TOLERANCE[made.plan.dtype]),
     )
+
+
+def _ours_cached(lineup: Lineup, name: str) -> Contestant:
+    """The users of the shortest lists ask all the lists, and have asked before: every look into the cache is a hit."""
+    contestant = _ours(lineup, name, lineup.made(), "--user-cache", str(lineup.course.total))
+    shortest = [orjson.loads(body) for body in contestant.bodies[min(lineup.course.lengths)]]
+    asked: Requests = {}
+    for length, part in contestant.bodies.items():
+        asked[length] = [_asked_by(user, body) for user, body in zip(shortest, part, strict=True)]
+    contestant.bodies, contestant.requests = asked, _requests(asked)
+    with Line(contestant.port) as line:
+        for request in contestant.requests[min(lineup.course.lengths)]:
+            line.ask(request)
+    return contestant
+
+
+def _asked_by(user: Mapping[str, Any], body: bytes) -> bytes:
+    """The body with another user."""
+    return orjson.dumps({**orjson.loads(body), **{field: user[field] for field in ("user", "context", "history")}})
 
 
 def _ours_arrow(lineup: Lineup, name: str) -> Contestant:
@@ -227,6 +248,7 @@ ENTRIES = {
         lambda all_, name: _ours(all_, name, all_.made(ids="string")), "RankTower, JSON, MaxSim, string ids", True
     ),
     "ours-arrow": Entry(_ours_arrow, "RankTower, Arrow in and out, MaxSim", True),
+    "ours-cached": Entry(_ours_cached, "RankTower, JSON, MaxSim, users from the cache", True),
     "plain": Entry(_plain, "typed FastAPI, Redis MGET, NumPy"),
     "plain-local": Entry(_plain_local, "raw FastAPI, matrix in the process, NumPy"),
     "empty": Entry(_empty, "FastAPI, body parsed, constant answer"),

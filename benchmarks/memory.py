@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
     print("\n" + table(MEMORY_HEADS, memory_cells(report.rows)))
-    report.bars.append(bar(report.rows))
+    report.bars += [bar(report.rows), disk_bar(report.rows)]
     print()
     print_bars(report.bars)
     print(f"\nwritten: {report.write(given.out).name}")
@@ -175,6 +175,13 @@ def bar(rows: Sequence[Any]) -> Bar:
     sums = {row["workers"]: row["table_pss_mib"] for row in rows if row["kind"] == "memory"}
     value = sums[4] / sums[1] if {1, 4} <= sums.keys() else None
     return Bar(name="table's PSS, 4 workers / 1", value=value, side="at most", limit=1.05)
+
+
+def disk_bar(rows: Sequence[Any]) -> Bar:
+    """Bytes an item of int8 MaxSim with index and int64 ids."""
+    wanted = {"kind": "disk", "head": "maxsim", "ids": "int", "dtype": "int8"}
+    value = next((row["bytes_per_item"] for row in rows if wanted.items() <= row.items()), None)
+    return Bar(name="bytes an item, int8 MaxSim, int64 ids", value=value, side="at most", limit=190)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -160,3 +161,26 @@ def test_candidates_that_the_deadline_cut_off_are_counted_as_sent_alone() -> Non
 
 def test_stages_are_those_of_the_architecture(tmp_path: Path) -> None:
     assert STAGES == ("queue", "decode", "encode", "user", "score", "topk", "respond")
+
+
+def test_no_python_object_is_made_for_a_candidate(tmp_path: Path) -> None:
+    """Objects that are alive at once while a request is answered, by 500 and by 5,000 candidates."""
+    release = tiny_release(tmp_path)
+    ranker = Ranker.open(release.folder, release.users)
+
+    def made_by(count: int) -> int:
+        ids = [release.item_ids[k % 60] if k % 7 else -k for k in range(count)]  # some are unknown
+        body = orjson.dumps({"candidates": ids, "top_k": 10, "on_missing": "drop"})
+        permit = Permit(perf_counter_ns())
+        limits = Limits(max_candidates=count, max_batch=1)
+        answer_rank(permit, ranker, body, limits, StageClock())  # what is made once, is made
+        tracemalloc.start()
+        try:
+            answer_rank(permit, ranker, body, limits, StageClock())
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        return peak
+
+    few, many = made_by(500), made_by(5_000)
+    assert many - few < 4_500 * 8  # octets; a list of them would take 40 for each

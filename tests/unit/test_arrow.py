@@ -174,6 +174,7 @@ INTS = pa.array([1, 2])
         (stream(pa.array([1, 2, None, None])), RequestError, "candidates[2]", "is null (2 are)", "leave nulls out"),
         (stream(pa.array([None, 1, None, 4])[1:]), RequestError, "candidates[1]", "is null (1 are)", "leave nulls"),
         (stream(pa.array([None])), RequestError, "candidates[0]", "is null (1 are)", "leave nulls"),
+        (stream(pa.nulls(10**7)), RequestError, "candidates[0]", "is null (10000000 are)", "leave nulls"),
         (stream(INTS, request=b"{"), MalformedBody, "request", "`request` in the schema's metadata", "JSON"),
         (stream(INTS, request=b""), MalformedBody, "request", "`request` in the schema's metadata is empty", "JSON"),
         (stream(INTS, request=[]), RequestError, "request", "`request` in the schema's metadata is []", "JSON object"),

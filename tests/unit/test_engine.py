@@ -30,7 +30,8 @@ TOLERANCE: dict[Dtype, float] = {"f32": 1e-5, "f16": 1e-3, "int8": 1e-4}  # in H
 @pytest.fixture(params=engine.levels())
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     before = engine.level()
-    yield engine.select(request.param)
+    assert engine.select(request.param) == request.param
+    yield request.param
     engine.select(before)
 
 
@@ -97,6 +98,21 @@ def test_zero_vectors_score_zero_instead_of_nan(level: str) -> None:
         table = table_of(head, dtype, np.zeros((3, head.item_size), np.float32))
         scores = table.score(np.zeros(head.user_size, np.float32), np.arange(3, dtype=np.int32))
         assert scores.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_user_that_is_not_finite_has_no_score_and_a_tiny_one_has(level: str, kind: HeadKind, dtype: Dtype) -> None:
+    head = head_of(kind, (4, 4, 32))
+    user, items = made(head, 20)
+    table = table_of(head, dtype, items)
+    rows = np.arange(20, dtype=np.int32)
+    for number in (np.nan, np.inf):
+        wrong = user.copy()
+        wrong[:: head.dim] = number
+        with np.errstate(invalid="ignore"):
+            assert not np.isfinite(table.score(wrong, rows)).any()
+    assert np.isfinite(table.score(user * np.float32(1e-41), rows)).all()
 
 
 def test_affinities_of_hundreds_do_not_overflow(level: str) -> None:

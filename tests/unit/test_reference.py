@@ -107,9 +107,12 @@ def test_an_impossible_head_is_refused(option: str, value: Any) -> None:
         HeadSpec(**{"kind": "maxsim", "user_heads": 1, "item_heads": 1, "dim": 8, "scale": 1.0, option: value})
 
 
-@given(scores=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, float("-inf")]), max_size=40), k=st.integers(-2, 50))
+@given(
+    scores=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, float("-inf"), float("nan")]), max_size=40),
+    k=st.integers(-2, 50),
+)
 def test_top_k_is_a_stable_sort_cut_at_k(scores: list[float], k: int) -> None:
-    expected = sorted(range(len(scores)), key=lambda i: -scores[i])[: max(k, 0)]
+    expected = sorted(range(len(scores)), key=lambda i: math.inf if math.isnan(scores[i]) else -scores[i])[: max(k, 0)]
     assert top_k(np.array(scores, np.float32), k).tolist() == expected
 
 

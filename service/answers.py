@@ -110,7 +110,7 @@ PLAIN[:32] = PLAIN[QUOTE] = PLAIN[ord("\\")] = False
 
 
 class _Item(Struct, gc=False):
-    """`schema.RankedItem`. 100 of these and their JSON take 21 us, as mappings with NumPy's floats 33 us."""
+    """`schema.RankedItem`, where the kernel does not write it: with text ids, explanations, or no extension."""
 
     id: Any
     score: float | None

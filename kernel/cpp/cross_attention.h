@@ -5,12 +5,10 @@
 //   s  = scale * sum_p max_q <U_p, I_q> / (max(|U_p|, 1e-6) max(|I_q|, 1e-6)) + b
 //
 // Layout      record.h. E and G in quads: their sums over d end in quarters (see maxsim.h), and R^T V_u is made in the
-// same
-//             lanes from a V_u that was spread once a request. V head after head: P V_i is a sum of whole registers,
-//             each times one number read back from memory, which costs no shuffle
+//             same lanes from a V_u that was spread once a request. V head after head: P V_i is a sum of whole
+//             registers, each times one number read back from memory, which costs no shuffle
 // Precision   all in f32 but the products with A and B of int8 items: items int8, users int16, sums exact. 1/sqrt(d)
-// and
-//             log2(e) are folded into A and B; 2^x by a polynomial of degree 5 (8e-8); 1/x and 1/sqrt(x) by an
+//             and log2(e) are folded into A and B; 2^x by a polynomial of degree 5 (8e-8); 1/x and 1/sqrt(x) by an
 //             estimate and one step of Newton (below 4e-7)
 // avx512-vnni 4x4x32 f16: 192 multiply-adds, about 90 shuffles, 24 conversions an item; int8 replaces 64 of the
 //             multiply-adds by 32 VPDPBUSD and reads half of the cache lines

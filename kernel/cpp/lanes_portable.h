@@ -94,7 +94,8 @@ INLINE F inverse_root(F x) {
 }
 INLINE F power_of_two(F x) {  // 2^x for x <= 0
     EACH_QUARTER for (int i = 0; i < 4; ++i) {
-        const float least = x.q[t][i] > -1000.0f ? x.q[t][i] : -1000.0f, whole = std::floor(least + 0.5f), f = least - whole;
+        const float least = x.q[t][i] > -1000.0f ? x.q[t][i] : -1000.0f, whole = std::floor(least + 0.5f),
+                    f = least - whole;
         const float y = exp2_0 + f * (exp2_1 + f * (exp2_2 + f * (exp2_3 + f * (exp2_4 + f * exp2_5))));
         const int32_t bits = whole < -126 ? 0 : (int32_t(whole) + 127) << 23;
         float power;

@@ -2,8 +2,7 @@
 // The dot product is its case of one head each.
 //
 // Layout      record.h; a register of 16 lanes holds 4 quads of an item: with 4 heads one quad of each, so that the
-// sums
-//             of a user head with four item heads lie in the four quarters of one register
+//             sums of a user head with four item heads lie in the four quarters of one register
 // Precision   f32, f16: products and sums in f32.  int8: items as stored, users as int16 with a scale for each head,
 //             sums exact in int32, so equal on every level; the rest in f32
 // avx512-vnni 4x4x32 int8: 16 VPDPBUSD, 14 shuffles, 8 adds an item; two cache lines and the scales' one

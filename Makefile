@@ -7,7 +7,7 @@ PORT   ?= 8080
 EXTRA  ?=
 SIZE   ?= full
 
-KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids snapshot precision)
+KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids)
 
 VENV := .venv
 BIN  := $(VENV)/bin

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 from types import TracebackType
 
+from benchmarks.report import no_collection
 from loadtest.serving import HOST
 
 TIMEOUT_S = 30.0
@@ -98,7 +97,7 @@ def closed_loop(line: Line, requests: Sequence[bytes], *, warm_up: int) -> Timin
     timings = Timings()
     for request in requests[:warm_up]:
         refuse_failure(line.ask(request))
-    with _no_collection():
+    with no_collection():
         for request in requests[warm_up:]:
             start = perf_counter_ns()
             answer = line.ask(request)
@@ -112,14 +111,3 @@ def refuse_failure(answer: Answer) -> None:
     """Raise AnswerError on any status but 200."""
     if answer.status != 200:
         raise AnswerError(f"status {answer.status}: {answer.body[:300].decode(errors='replace')}")
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No pause of the client's own garbage collector within the block."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -6,11 +6,13 @@ its fields the same for all rows of a kind, times in microseconds (`p50_us`, `me
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -112,6 +114,17 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float | None
     """Median over rounds of the ratio within a round: what slows a whole round down cancels out."""
     pairs = list(zip(above, below, strict=False))
     return median([a / b for a, b in pairs]) if pairs else None
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No pause of this process's garbage collector within the block."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

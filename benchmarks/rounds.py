@@ -7,16 +7,14 @@ on its processor, all its threads together: while another process has the core, 
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns, process_time_ns
 from typing import Any
 
 import numpy as np
 
-from benchmarks.report import median, quantile
+from benchmarks.report import median, no_collection, quantile
 
 BURST_US = 3_000.0  # that a contestant has in a round
 MOST_CALLS = 16  # of a burst
@@ -64,7 +62,7 @@ def in_rounds(entries: Sequence[Entry], budget_s: float, *, least: int = 5, most
     Where others have the core, too, rounds end when twice the budget has passed on the wall.
     """
     give_up_ns = perf_counter_ns() + int(2e9 * budget_s)
-    with _no_collection():
+    with no_collection():
         expected = [min(entry.once_us()[0] for _ in range(3)) for entry in entries]
         calls = [int(np.clip(BURST_US / cost, 1, MOST_CALLS)) for cost in expected]
         a_round_us = sum(cost * (count + (cost < SHORT_US)) for cost, count in zip(expected, calls, strict=True))
@@ -82,13 +80,3 @@ def in_rounds(entries: Sequence[Entry], budget_s: float, *, least: int = 5, most
                 times.wall += [by_the_wall for _, by_the_wall in burst]
                 times.rounds.append(median(times.calls[-len(burst) :]))
     return found
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

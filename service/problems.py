@@ -70,6 +70,8 @@ def problem_of(request: Request, error: Exception) -> Response:
     headers = dict(getattr(error, "headers", None) or {})
     if isinstance(error, Busy):
         headers["Retry-After"] = str(error.retry_after_s)
+    if kind == INTERNAL:  # the server closes the connection after it: said so, nobody sends the next request into it
+        headers["Connection"] = "close"
     return problem(kind, detail, instance=_path(request), field=field, remedy=remedy, headers=headers)
 
 

@@ -17,6 +17,7 @@ from service.supervisor import Worker, serve_workers
 
 BACKLOG = 2048  # connections that the kernel keeps for us
 STOP_WITHIN_S = 10  # for requests that are still at work when the server stops
+IDLE_S = 75  # a connection without requests; longer than the 60 s after which balancers close theirs, so they never race
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def _config(settings: Settings, app: Any) -> uvicorn.Config:
         proxy_headers=False,  # nothing here depends on where a request comes from
         server_header=False,
         backlog=BACKLOG,
+        timeout_keep_alive=IDLE_S,
         log_config=log_config(settings.log_level),
         timeout_graceful_shutdown=STOP_WITHIN_S,
     )

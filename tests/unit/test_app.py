@@ -270,8 +270,11 @@ def test_a_defect_is_a_problem_that_says_nothing_of_itself(
     service: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service.service.refresher, "ranker", lambda: 1 / 0)
-    document = problem(client.post("/v1/rank", json={"candidates": []}), 500)
-    assert "division" not in json.dumps(document)
+    response = client.post("/v1/rank", json={"candidates": []})
+    assert "division" not in json.dumps(problem(response, 500))
+    assert response.headers["connection"] == "close"
+    monkeypatch.undo()
+    assert client.post("/v1/rank", json={"candidates": []}).status_code == 200
 
 
 scalars = st.one_of(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cache.catalogue import Catalogue, open_catalogue
 from cache.errors import StoreError
-from cache.precision import choose_precision
+from cache.precision import Precision, choose_precision
 from cache.release import (
     BUNDLE,
     INDEX,
@@ -38,7 +38,7 @@ from cache.release import (
     seal_release,
 )
 from cache.snapshot import Snapshot, SnapshotWriter
-from kernel.record import Dtype, RecordLayout
+from kernel.record import RecordLayout
 from kernel.reference import mix
 from model.bundle import FILES, Bundle, open_bundle
 from model.folders import replacing_folder
@@ -62,7 +62,7 @@ def fingerprints(features: NDArray[np.int32]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Previous:
-    """Packed records of an earlier release of the same bundle and dtype, with the fingerprints of what made them."""
+    """Packed records of an earlier release of the same bundle, with the fingerprints of what made them."""
 
     items: Snapshot
     prints: NDArray[np.uint64]  # (n,) in the order of the snapshot
@@ -75,8 +75,8 @@ class Previous:
         return rows, len(known)
 
 
-def open_previous(folder: Path | None, bundle_id: str, dtype: Dtype) -> Previous | None:
-    """What can be used again of a release folder: nothing when it is of another bundle or dtype."""
+def open_previous(folder: Path | None, bundle_id: str) -> Previous | None:
+    """What can be used again of a release folder: nothing when it is of another bundle."""
     if folder is None:
         return None
     release = read_release(folder)
@@ -90,11 +90,20 @@ def open_previous(folder: Path | None, bundle_id: str, dtype: Dtype) -> Previous
         raise StoreError(
             f"{folder / INPUTS} holds {len(prints)} of {release.count} fingerprints: publish without --incremental"
         )
-    items = Snapshot.open(folder / ITEMS)
-    if items.dtype != dtype:
-        log.info("release %s holds %s records, not %s: embedding everything", release.id, items.dtype, dtype)
-        return None
-    return Previous(items, prints)
+    return Previous(Snapshot.open(folder / ITEMS), prints)
+
+
+def _choose(
+    bundle: Bundle, catalogue: Catalogue, dtype: str, users: Path | None, previous: Path | None
+) -> tuple[Precision, Previous | None]:
+    """The type of the records, and what can be used again in it."""
+    before = open_previous(previous, bundle.id)
+    kept = before.items.dtype if before else None
+    precision = choose_precision(bundle, catalogue, dtype, users, kept=kept)
+    if before and kept != precision.dtype:
+        log.info("the release before holds %s records, not %s: embedding everything", kept, precision.dtype)
+        return precision, None
+    return precision, before
 
 
 # --- releases --------------------------------------------------------------------------------------------------------
@@ -149,8 +158,8 @@ def plan_release(
     """What `build_release` would embed, reuse and drop; writes nothing."""
     opened = open_bundle(bundle)
     catalogue = open_catalogue(items, opened.spec, id_column)
-    precision = choose_precision(opened, catalogue, dtype, users)
-    tally = _Tally(open_previous(previous, opened.id, precision.dtype))
+    _, before = _choose(opened, catalogue, dtype, users, previous)
+    tally = _Tally(before)
     for ids, features in catalogue.blocks():
         tally.add(ids, fingerprints(features))
         progress("compare", tally.counts.items, len(catalogue))
@@ -180,9 +189,8 @@ def build_release(
     opened = open_bundle(bundle)
     kind = index_kind(index, opened.head)  # before hours of embedding
     catalogue = open_catalogue(items, opened.spec, id_column)
-    precision = choose_precision(opened, catalogue, dtype, users)
+    precision, before = _choose(opened, catalogue, dtype, users, previous)
     layout = RecordLayout(opened.head, precision.dtype)
-    before = open_previous(previous, opened.id, precision.dtype)
     with replacing_folder(out, RELEASE) as folder:
         _copy_bundle(opened, folder / BUNDLE)
         started = time.perf_counter()

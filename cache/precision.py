@@ -23,6 +23,7 @@ ITEMS, USERS = 5_000, 200  # sampled at most
 TAU_ITEMS = 512  # of them, for Kendall's tau, which compares all pairs
 TOP = 100
 LEAST_OVERLAP = 0.99  # with which `auto` takes a smaller type
+KEPT_OVERLAP = 0.98  # with which it keeps one: a catalogue on the verge would be embedded anew every other time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +62,18 @@ class Precision:
 
 
 def choose_precision(
-    bundle: Bundle, catalogue: Catalogue, wanted: str, users: Path | None = None, seed: int = 0
+    bundle: Bundle,
+    catalogue: Catalogue,
+    wanted: str,
+    users: Path | None = None,
+    seed: int = 0,
+    kept: Dtype | None = None,
 ) -> Precision:
     """Measure a type, or with `auto` the smallest whose overlap is at least 0.99. Nothing is measured for f32.
 
-    `users` is a user table; without one the bundle's recorded requests stand for the users. Raises StoreError for an
-    unknown type.
+    `users` is a user table; without one the bundle's recorded requests stand for the users. `kept` is the type of the
+    release that is built upon, which `auto` leaves only when its overlap is below 0.98, or when it is f32. Raises
+    StoreError for an unknown type.
     """
     if wanted == DtypeChoice.F32:
         return Precision(dtype="f32", costs={}, k=0, items=0, users=0, source="users")
@@ -76,11 +83,14 @@ def choose_precision(
     k = min(TOP, max(1, len(records) // 10))
     costs: dict[str, Cost] = {}
     tried: tuple[Dtype, ...] = ("int8", "f16") if wanted == DtypeChoice.AUTO else (dtype_of(wanted),)
+    if wanted == DtypeChoice.AUTO and kept in tried:
+        tried = (kept, *(dtype for dtype in tried if dtype != kept))
     for dtype in tried:
         cost = _cost(bundle, records, user_records, dtype, k, seed)
         if cost is not None:
             costs[dtype] = cost
-    good = [dtype for dtype in tried if dtype in costs and costs[dtype].overlap >= LEAST_OVERLAP]
+    least = {dtype: KEPT_OVERLAP if dtype == kept else LEAST_OVERLAP for dtype in tried}
+    good = [dtype for dtype in tried if dtype in costs and costs[dtype].overlap >= least[dtype]]
     return Precision(
         dtype=tried[0] if wanted != DtypeChoice.AUTO else good[0] if good else "f32",
         costs=costs,

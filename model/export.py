@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import platform
 import subprocess
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from model.errors import BundleError
 from model.features import FeatureSpec
 from model.features import Tower as TowerName
 from model.folders import replacing_folder
-from model.layers import FusedInputs, Inputs, Tables
+from model.fused import fused
 from model.networks import Network
 from model.tower import INPUT, OUTPUT, Tower
 
@@ -76,13 +75,12 @@ def width(spec: FeatureSpec, tower: TowerName) -> int:
 
 def write_graph(network: Network, tower: TowerName, columns: int, path: Path) -> None:
     """Trace network.user or network.item to ONNX with a free batch dimension."""
-    network = _fused(network)
     example = torch.zeros((2, columns), dtype=torch.int32)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about packages that are not needed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter deprecates its own internals
         program = torch.onnx.export(
-            _Graph(network, tower).eval(),
+            _Graph(fused(network), tower).eval(),
             (example,),
             input_names=[INPUT],
             output_names=[OUTPUT],
@@ -94,15 +92,6 @@ def write_graph(network: Network, tower: TowerName, columns: int, path: Path) ->
     if program is None:
         raise BundleError(f"the {tower} tower cannot be traced to ONNX: use operations that the exporter knows")
     program.save(path)
-
-
-def _fused(network: Network) -> Network:
-    """The same network with inputs that take a third of the operations, where their fields are of one size."""
-    fused = copy.deepcopy(network)
-    for name, module in network.named_children():
-        if isinstance(module, Inputs) and len(set(module.sizes)) == 1:
-            setattr(fused, name, FusedInputs(module, cast(Tables, network.tables)))
-    return fused
 
 
 def make_probe(network: Network, spec: FeatureSpec, head: HeadSpec, folder: Path) -> dict[str, NDArray[Any]]:

@@ -1,8 +1,9 @@
 """Turn raw columns and request bodies into the index matrices of the towers: the only transform, offline and online.
 
 Every field becomes `length` columns of an int32 matrix; an entry is a row of the field's embedding table. Row 0 is
-"missing" (and padding), row 1 is "unknown" (a value never seen in training); values and buckets follow. All
-vocabularies and bucket edges come from training rows alone and are fixed once fitted.
+"missing" (and padding), row 1 is "unknown" (a value never seen in training); values and buckets follow. A set is padded
+behind its entries, a sequence before them: its last column holds the latest. All vocabularies and bucket edges come
+from training rows alone and are fixed once fitted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Tower = Literal["user", "item"]
 MISSING, UNKNOWN = 0, 1
 LARGE, MANY = 10_000, 16  # a vocabulary beyond the cache, and as many values as make an array worth while
 HISTORY = "history"  # the one sequence field: the user's past positive items, oldest first
-FORMAT = 1
+FORMAT = 2
 
 Column = Sequence[Any] | NDArray[Any]
 Encode = Callable[[Any], Any]
@@ -184,8 +185,7 @@ class FeatureSpec:
                 codes += absent
             elif is_list:
                 kept = code.many(name, value, len(absent), keep_last)
-                codes += kept
-                codes += absent[len(kept) :]
+                codes += absent[len(kept) :] + tuple(kept) if keep_last else (*kept, *absent[len(kept) :])
             else:
                 codes.append(code.one(value))
         return np.array(codes, np.int32)
@@ -377,7 +377,8 @@ def _encode_lists(field: Field, code: _Buckets | _Vocabulary, column: Column, in
     else:
         flat = np.empty(int(sizes.sum()), object)
         flat[:] = [value for entry in kept for value in entry]
-    into[np.arange(field.length) < sizes[:, None]] = code.column(flat)
+    filled = np.arange(field.length) < sizes[:, None]
+    into[filled[:, ::-1] if field.kind == "sequence" else filled] = code.column(flat)
 
 
 def _cut(value: Any, length: int, keep_last: bool) -> Any:

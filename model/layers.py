@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def wide(x: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """x / max(|x|, 1e-6) over the last dimension, as every other part of the project divides."""
-    return functional.normalize(wide(x), dim=-1, eps=NORM_FLOOR)
+    return wide(x) / _norm(wide(x), keepdim=True)
 
 
 def choose(option: str, value: str, allowed: object) -> None:
@@ -67,7 +67,7 @@ class MeanPooling(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """Entries weighted by softmax_t(<q, e_t> + r_age); age 0 is the last entry. Our own design.
+    """Entries weighted by softmax_t(<q, e_t> + r_age); age 0 is the last column, where a sequence ends. Our own design.
 
     q and r are zero at the start, where this is the mean. Only a sequence has ages, a set of tags has none.
     """
@@ -83,8 +83,7 @@ class AttentionPooling(nn.Module):
     def weights(self, e: Tensor, mask: Tensor) -> Tensor:  # (b, T, dim), (b, T) -> (b, T)
         logits = wide(e @ self.query)
         if self.age is not None:
-            count = mask.long().cumsum(dim=1)
-            logits = logits + self.age[count[:, -1:] - count]
+            logits = logits + self.age.flip(0)
         return logits.masked_fill(~mask, -math.inf).softmax(dim=1)  # no row is all padding, see Inputs
 
 
@@ -126,54 +125,6 @@ class Inputs(nn.Module):
             e = tables[place](index)  # (b, length, dim)
             parts.append(pool(e, _entries(index)).unsqueeze(1) if field.is_list else e)
         return functional.dropout(torch.cat(parts, dim=2).squeeze(1), self.dropout, self.training)
-
-
-class FusedInputs(nn.Module):
-    """What `Inputs` computes outside of training, as export writes it: one gather for all fields and one product that
-    pools them all, in place of a handful of small operations a field. Fields must have one size of embedding.
-
-    A user of 20 fields and a history of 50 has 111 operations the plain way, and each costs ONNX Runtime about 0.7 us.
-    """
-
-    offsets: Tensor  # (width,) int32: where the table of each column begins in `weight`
-    single: Tensor  # (width,): 1 where a column is a field of its own
-    member: Tensor  # (width, F): 1 where a column belongs to a field
-    first: Tensor  # (F, width): 1 at a list's first column
-
-    def __init__(self, inputs: Inputs, tables: Tables) -> None:
-        super().__init__()
-        places = list(dict.fromkeys(inputs.places))
-        weights = [cast(nn.Embedding, tables[place]).weight.detach() for place in places]
-        self.weight = nn.Parameter(torch.cat(weights))
-        begins = {place: sum(map(len, weights[:k])) for k, place in enumerate(places)}
-        lengths = torch.tensor(inputs.lengths)
-        starts = (lengths.cumsum(0) - lengths).tolist()
-        offset = torch.tensor([begins[place] for place in inputs.places], dtype=torch.int32)
-        listed = torch.tensor([field.is_list for field in inputs.fields])
-        fields = torch.arange(len(lengths)).repeat_interleave(lengths)
-        self.register_buffer("offsets", offset.repeat_interleave(lengths))
-        self.register_buffer("single", (~listed).repeat_interleave(lengths).float())
-        self.register_buffer("member", nn.functional.one_hot(fields, len(lengths)).float())
-        first = torch.zeros(len(lengths), int(lengths.sum()))
-        first[torch.arange(len(lengths)), starts] = listed.float()
-        self.register_buffer("first", first)
-        self.attention = [
-            (start, start + length, pool)
-            for start, length, pool in zip(starts, inputs.lengths, inputs.pools, strict=True)
-            if isinstance(pool, AttentionPooling)
-        ]
-
-    def forward(self, tables: Tables, x: Tensor) -> Tensor:
-        e = functional.embedding(x + self.offsets, self.weight)  # (b, width, dim)
-        counted = torch.maximum((x != MISSING).to(e.dtype), self.single)  # (b, width)
-        count = counted @ self.member  # (b, F)
-        empty = (1 - count).relu()  # 1 for a list without entries: it reads its first column
-        counted = counted + empty @ self.first
-        weight = counted / ((count + empty) @ self.member.T)
-        for start, end, pool in self.attention:
-            attended = pool.weights(e[:, start:end], counted[:, start:end] > 0)
-            weight = torch.cat([weight[:, :start], attended, weight[:, end:]], dim=1)
-        return ((weight.unsqueeze(1) * self.member.T) @ e).flatten(1)
 
 
 def _entries(index: Tensor) -> Tensor:
@@ -335,8 +286,8 @@ def attended_similarity(user: Tensor, e: Tensor, v: Tensor, g: Tensor) -> Tensor
     return user_attended @ item_attended.transpose(2, 3) / norms
 
 
-def _norm(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+def _norm(x: Tensor, *, keepdim: bool = False) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim)
     return norm.clamp_min(NORM_FLOOR)
 
 

@@ -17,7 +17,7 @@ from service.supervisor import Worker, serve_workers
 
 BACKLOG = 2048  # connections that the kernel keeps for us
 STOP_WITHIN_S = 10  # for requests that are still at work when the server stops
-IDLE_S = 75  # a connection without requests; longer than the 60 s after which balancers close theirs, so they never race
+IDLE_S = 75  # a connection without requests: longer than balancers keep theirs (60 s), so that they close first
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 log = logging.getLogger(__name__)

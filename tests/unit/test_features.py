@@ -124,6 +124,8 @@ def test_a_history_keeps_its_latest_items_and_shares_the_items_table(spec: Featu
     place = spec.columns("user")["history"]
     item = {value: spec.encode_row("item", {"item_id": value})[0] for value in (-5, 0, 2**62)}
     assert spec.encode_row("user", {"history": [0, -5, 0, 2**62]})[place].tolist() == [item[-5], item[0], item[2**62]]
+    for short in spec.encode_row("user", {"history": [-5]}), spec.encode("user", {"history": [[-5]]}, 1)[0]:
+        assert short[place].tolist() == [MISSING, MISSING, item[-5]], "its last column is the latest item"
 
 
 def test_a_multi_field_keeps_its_first_values(spec: FeatureSpec) -> None:
@@ -175,7 +177,7 @@ def test_a_spec_survives_its_file(spec: FeatureSpec, tmp_path: Any) -> None:
     again = FeatureSpec.load(tmp_path / "spec.json")
     assert again == spec
     assert again.id == spec.id
-    assert json.loads((tmp_path / "spec.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "spec.json").read_text())["format"] == 2
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', '{"format": 1, "fields": 3}'])

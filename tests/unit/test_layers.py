@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import SpecError
-from model.features import FeatureSpec, Field, Tower
+from model.features import FeatureSpec, Field
 from model.layers import (
     SCALE_RANGE,
     AttentionPooling,
-    FusedInputs,
     GatedCrossAttention,
     GatedHeads,
     HeadLinear,
@@ -40,12 +38,6 @@ SPEC = FeatureSpec(
     ),
     "int",
     "int",
-)
-
-MORE = (
-    Field(name="tastes", side="user", kind="multi", length=3, vocabulary=(7, 8)),
-    Field(name="liked", side="user", kind="multi", length=2, pooling="attention", shares="tastes"),
-    Field(name="shops", side="item", kind="multi", length=3, pooling="attention", vocabulary=(1,)),
 )
 
 
@@ -98,9 +90,9 @@ def test_attention_weighs_by_query_and_by_age_counted_from_the_last_entry() -> N
     nn.init.normal_(pool.query)
     assert pool.age is not None
     nn.init.normal_(pool.age)
-    e, mask = torch.randn(1, 5, 4), torch.tensor([[True, True, True, False, False]])
-    weights = torch.stack([(e[0, t] @ pool.query + pool.age[2 - t]).exp() for t in range(3)])
-    torch.testing.assert_close(pool(e, mask)[0], weights / weights.sum() @ e[0, :3])
+    e, mask = torch.randn(1, 5, 4), torch.tensor([[False, False, True, True, True]])
+    weights = torch.stack([(e[0, t] @ pool.query + pool.age[4 - t]).exp() for t in range(2, 5)])
+    torch.testing.assert_close(pool(e, mask)[0], weights / weights.sum() @ e[0, 2:])
 
 
 def test_field_dropout_hides_the_context_alone_and_only_in_training() -> None:
@@ -119,22 +111,6 @@ def test_a_tower_without_fields_is_refused() -> None:
     spec = FeatureSpec((TAGS,), "int", "int")
     with pytest.raises(SpecError, match="the user tower has no fields"):
         Inputs(spec, "user", Tables(spec))
-
-
-@pytest.mark.parametrize("tower", ["user", "item"])
-def test_fused_inputs_equal_the_plain_ones(tower: Tower) -> None:
-    """Both poolings, with ages and without, shared tables, full, partial and empty lists, padding within."""
-    spec = FeatureSpec(tuple(replace(field, dim=4) for field in (*SPEC.fields, *MORE)), "int", "int")
-    tables = Tables(spec)
-    inputs = Inputs(spec, tower, tables)
-    for parameter in inputs.parameters():
-        nn.init.normal_(parameter)
-    sizes = [spec.owner(field).size for field in spec.tower_fields(tower) for _ in range(field.length)]
-    x = torch.stack([torch.randint(0, size, (200,)) for size in sizes], dim=1).int()
-    x[torch.rand(x.shape) < 0.4] = 0
-    x[:20] = 0
-    fused = FusedInputs(inputs, tables)
-    torch.testing.assert_close(fused(tables, x), inputs.eval()(tables, x), rtol=1e-5, atol=1e-6)
 
 
 # --- gated heads -----------------------------------------------------------------------------------------------------

@@ -53,6 +53,17 @@ def test_auto_takes_the_smallest_that_is_good_enough(
     assert choose_precision(*opened, "f16").dtype == "f16"  # what was asked for is had, whatever it costs
 
 
+def test_auto_keeps_the_type_it_builds_upon_while_that_is_good_enough(
+    opened: tuple[Bundle, Catalogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "LEAST_OVERLAP", 0.0)
+    assert choose_precision(*opened, "auto", kept="f16").dtype == "f16"
+    assert choose_precision(*opened, "auto", kept="f32").dtype == "int8"
+    assert choose_precision(*opened, "int8", kept="f16").dtype == "int8"
+    monkeypatch.setattr(room, "KEPT_OVERLAP", 1.1)
+    assert choose_precision(*opened, "auto", kept="f16").dtype == "int8"
+
+
 def test_a_type_that_does_not_exist_is_named(opened: tuple[Bundle, Catalogue]) -> None:
     with pytest.raises(StoreError, match="no record type 'f64': use auto, f32, f16, int8"):
         choose_precision(*opened, "f64")

@@ -43,9 +43,19 @@ class Admission:
         self.waiting = 0
         self.working = 0
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another request may wait."""
+        return self.waiting < self._queue
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all slots are taken."""
+        return self._slots.locked()
+
     def check_room(self) -> None:
         """Raise Busy when no more requests may wait."""
-        if self.waiting >= self._queue:
+        if not self.has_room:
             raise Busy(
                 f"{self.working} requests are at work and {self.waiting} wait",
                 remedy=f"try again after {RETRY_AFTER_S} s, add replicas, or raise RANKTOWER_MAX_QUEUE",

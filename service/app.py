@@ -7,7 +7,7 @@ import gc
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -31,8 +31,10 @@ from kernel import engine
 from model.errors import RankTowerError
 from service import problems
 from service.admission import Admission, Permit
-from service.answers import ARROW, JSON, Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
-from service.errors import BodyTooLarge, UnsupportedBody
+from service.answers import JSON, Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
+from service.at_once import BATCH, RANK, STATE, AtOnce
+from service.errors import BodyTooLarge
+from service.media import check_encoding, form_of, spoken
 from service.openapi import TITLE, VERSION, describe, documented
 from service.ranker import Ranker
 from service.refresh import Refresher
@@ -74,6 +76,7 @@ class Service:
     async def running(self) -> AsyncIterator[None]:
         """Load and watch releases while the application runs; unready first, then drained, then stopped."""
         self.admission = Admission(in_flight=self.settings.max_in_flight, queue=self.settings.max_queue)
+        self.at_once = AtOnce(self)
         self.pool = ThreadPoolExecutor(self.settings.pool_threads, thread_name_prefix="rank")
         self.refresher.start()
         restore = self._drain_on_sigterm()
@@ -99,14 +102,15 @@ class Service:
         """Read the body, wait for a permit, answer on the event loop or, where that takes long, in the pool."""
         arrived_ns = perf_counter_ns()
         self.admission.check_room()
-        form = _form_of(request, (JSON, ARROW) if answerer is answer_rank else (JSON,))
-        answerer = _spoken(request, answerer, form)
+        form = form_of(request.headers.get("content-type", ""), answerer)
+        check_encoding(request.headers.get("content-encoding", ""))
+        answerer = spoken(request.headers.get("accept", ""), answerer, form)
         body = await _read(request, self.settings.max_body_bytes)
         clock = StageClock()
         async with self.admission.admit(arrived_ns) as permit:
             ranker = self.refresher.ranker()
             answer = await self._work(answerer, permit, ranker, body, form, clock)
-        self._count(answer, clock)
+        self.count(answer, clock)
         headers = {"Server-Timing": clock.header(), "X-RankTower-Release": answer.release}
         return Response(answer.body, media_type=answer.media_type, headers=headers)
 
@@ -119,18 +123,21 @@ class Service:
             clock.lap("queue")  # waiting for a thread of the pool is waiting, too
             return answerer(permit, ranker, body, self.limits, clock)
 
-        searches = answerer is answer_retrieve  # as long as the index is large, which the body does not tell
-        rankings = min(body.count(b"{"), self.limits.max_batch) if answerer is answer_batch else 1
-        budget_ns = self.settings.inline_ms * 1e6 - REQUEST_NS * rankings
-        if (
-            not searches
-            and ranker.candidate_ns * _most_candidates(body, form, budget_ns / max(ranker.candidate_ns, 1.0))
-            <= budget_ns
-        ):
+        if self.is_quick(ranker, answerer, body, form):
             return begin()
         return await asyncio.get_running_loop().run_in_executor(self.pool, begin)
 
-    def _count(self, answer: Answer, clock: StageClock) -> None:
+    def is_quick(self, ranker: Ranker, answerer: Answerer, body: bytes, form: str) -> bool:
+        """Whether the event loop may answer. A search may not: it takes as long as its index is large."""
+        if answerer is answer_retrieve:
+            return False
+        rankings = min(body.count(b"{"), self.limits.max_batch) if answerer is answer_batch else 1
+        budget_ns = self.settings.inline_ms * 1e6 - REQUEST_NS * rankings
+        enough = budget_ns / max(ranker.candidate_ns, 1.0)
+        return ranker.candidate_ns * _most_candidates(body, form, enough) <= budget_ns
+
+    def count(self, answer: Answer, clock: StageClock) -> None:
+        """What telemetry keeps of an answer."""
         self.telemetry.observe_stages(clock)
         for ranking in answer.rankings:
             self.telemetry.candidates.observe(ranking.candidates)
@@ -238,66 +245,6 @@ def _too_large(size: str, limit_bytes: int) -> BodyTooLarge:
     )
 
 
-def _form_of(request: Request, forms: tuple[str, ...]) -> str:
-    """The media type of the body. Raises UnsupportedBody unless it is one of these, JSON in UTF-8, not compressed."""
-    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
-    form = media_type.strip().lower()
-    charset = parameters.strip().lower().replace('"', "")
-    if form not in forms or (form == JSON and charset not in ("", "charset=utf-8")):
-        raise UnsupportedBody(
-            f"Content-Type is {request.headers.get('content-type', 'absent')[:80]}",
-            field="Content-Type",
-            remedy=f"send {' or '.join(forms)}",
-        )
-    encoding = request.headers.get("content-encoding", "")
-    if encoding.strip().lower() not in ("", "identity"):
-        raise UnsupportedBody(
-            f"Content-Encoding is {encoding[:80]}", field="Content-Encoding", remedy="send the body without encoding"
-        )
-    return form
-
-
-def _spoken(request: Request, answerer: Answerer, form: str) -> Answerer:
-    """The answerer for the forms that the caller speaks. An answer has the form of the body unless another is asked."""
-    accepted = request.headers.get("accept", "")
-    sends = ARROW in accepted or (form == ARROW and JSON not in accepted)
-    if answerer is not answer_rank or not (sends or form == ARROW):
-        return answerer
-    from service import arrow  # pyarrow comes into memory, 25 MB, only where somebody speaks it
-
-    return arrow.answerer(takes=form == ARROW, sends=sends)
-
-
-Answering = Callable[[Request], Awaitable[Response]]
-
-
-class Front(FastAPI):
-    """FastAPI, past which the routes that rank go straight to their endpoints: its middleware, router, dependencies and
-    exit stacks take 150 us of a request that has 1,000. They are registered with it all the same, for the document,
-    and for what is wrong with a method or a path."""
-
-    ranking: dict[str, Answering]
-    telemetry: Telemetry
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self.ranking.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if endpoint is None:
-            return await super().__call__(scope, receive, send)
-        start, status, request = perf_counter(), 500, Request(scope, receive)
-        try:
-            try:
-                response = await endpoint(request)
-            except Exception as error:
-                response = problems.problem_of(request, error)
-                if response.status_code == 500:  # nobody foresaw it: the server logs it
-                    await response(scope, receive, send)
-                    raise
-            status = response.status_code
-            await response(scope, receive, send)
-        finally:
-            self.telemetry.observe_answer(scope["path"], status, perf_counter() - start)
-
-
 class Observed:
     """Count and time every answer, by the route's template: an unknown path is one label, whatever it was."""
 
@@ -328,12 +275,12 @@ def create_app(settings: Settings, store: ReadableStore | None = None) -> FastAP
     service = Service(settings, store or open_store(settings.store))
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with service.running():
-            yield
+            yield {STATE: service.at_once}
 
-    app = Front(title=TITLE, version=VERSION, lifespan=lifespan, redirect_slashes=False, redoc_url=None)
-    app.state.service, app.telemetry = service, service.telemetry
+    app = FastAPI(title=TITLE, version=VERSION, lifespan=lifespan, redirect_slashes=False, redoc_url=None)
+    app.state.service = service
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     app.add_middleware(Observed, telemetry=service.telemetry)
     for kind in (RankTowerError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
@@ -347,24 +294,23 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return problems.problem_of(request, error)
 
 
-def _add_answers(app: Front, service: Service) -> None:
-    """The routes that rank."""
+def _add_answers(app: FastAPI, service: Service) -> None:
+    """The routes that rank, as `AtOnce` leaves requests to them."""
 
+    @app.post(RANK, **documented("rank"))
     async def rank(request: Request) -> Response:
         """Rank candidates for one user."""
         return await service.answer(request, answer_rank)
 
+    @app.post(BATCH, **documented("batch"))
     async def rank_batch(request: Request) -> Response:
         """Rank for several users in one request."""
         return await service.answer(request, answer_batch)
 
+    @app.post("/v1/retrieve", **documented("retrieve"))
     async def retrieve(request: Request) -> Response:
         """Find the best items of the whole catalogue for one user."""
         return await service.answer(request, answer_retrieve)
-
-    app.ranking = {"/v1/rank": rank, "/v1/rank:batch": rank_batch, "/v1/retrieve": retrieve}
-    for (path, endpoint), name in zip(app.ranking.items(), ("rank", "batch", "retrieve"), strict=True):
-        app.add_api_route(path, endpoint, methods=["POST"], **documented(name))
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

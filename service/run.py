@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from service.app import create_app
+from service.at_once import RankProtocol
 from service.errors import SettingsError
 from service.settings import Settings, unknown_variables
 from service.supervisor import Worker, serve_workers
@@ -57,7 +58,7 @@ def _config(settings: Settings, app: Any) -> uvicorn.Config:
         factory=isinstance(app, Worker),
         workers=settings.workers,
         loop="uvloop",
-        http="httptools",
+        http=RankProtocol,
         ws="none",
         lifespan="on",
         access_log=False,

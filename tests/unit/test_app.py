@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from cache.file_store import FileStore
 from kernel import engine
+from service.ranker import Ranker
 from service.schema import BatchAnswer, RankAnswer, Ready, ReleaseAnswer, Sample
 from service.telemetry import STAGES
 from tests.services import TIMEOUT_S, Running, running, running_release
@@ -269,7 +270,7 @@ def test_a_deadline_that_passed_in_the_queue_is_a_problem(made: TinyRelease, tmp
 def test_a_defect_is_a_problem_that_says_nothing_of_itself(
     service: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service.service.refresher, "ranker", lambda: 1 / 0)
+    monkeypatch.setattr(Ranker, "rank", lambda *given: 1 / 0)
     response = client.post("/v1/rank", json={"candidates": []})
     assert "division" not in json.dumps(problem(response, 500))
     assert response.headers["connection"] == "close"

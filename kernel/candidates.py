@@ -1,6 +1,6 @@
 """The candidates of a request's JSON body, and the body without them: no Python object an id.
 
-See kernel/cpp/json_candidates.h. 5,000 integers of 12 digits (65 kB) take 50 us, where a list of Python integers and an
+See kernel/cpp/json_candidates.h. 5,000 integers of 12 digits (65 kB) take 27 us, where a list of Python integers and an
 array made of it take 240 us; 5,000 texts 45 us against 560.
 """
 

@@ -135,7 +135,7 @@ class _Whole:
 
 
 class _Bulk:
-    """The same without a Python object a candidate, where the body is plain: 55 us in place of 240 us for 5,000."""
+    """The same without a Python object a candidate, where the body is plain: 27 us in place of 240 us for 5,000."""
 
     def __init__(
         self, whole: _Whole, item_ids: IdType, depth: int, parts: Callable[[Any], list[RankRequest[Any, Any]]]

@@ -53,6 +53,29 @@ def test_integers_of_any_length_are_read(body: bytes, ids: list[int]) -> None:
     assert split(body) == (b'{"candidates":[]}' if b" " not in body else b' { "candidates" : [] } ', [ids])
 
 
+MIXED = st.one_of(st.integers(0, 9), st.integers(0, 10**16), st.integers(-(2**63), 2**63 - 1))
+
+
+@needs_native
+@settings(max_examples=200, deadline=None)
+@given(st.lists(MIXED, min_size=12, max_size=60), st.sampled_from([",", ", ", " ,", ",\n", ",  "]), st.integers(0, 64))
+def test_long_lists_of_integers_are_read_wherever_they_begin(ids: list[int], comma: str, shift: int) -> None:
+    body = b'{%s"candidates":[%s]}' % (b" " * shift, comma.join(map(str, ids)).encode())
+    assert split(body) == (b'{%s"candidates":[]}' % (b" " * shift), [ids])
+
+
+ODD = ("01", "-0", "1.5", "1e3", "", "-", "+1", "1 2", "1:", "0x1", "12345678901234567890", '"1"', "null", "[1]")
+
+
+@needs_native
+@settings(max_examples=200, deadline=None)
+@given(st.lists(MIXED, min_size=12, max_size=30), st.integers(0, 11), st.sampled_from(ODD))
+def test_one_odd_integer_among_many_leaves_all_to_the_decoder(ids: list[int], place: int, odd: str) -> None:
+    written = [*map(str, ids)]
+    written[place] = odd
+    assert split(b'{"candidates":[%s]}' % ",".join(written).encode()) is None
+
+
 @needs_native
 def test_all_integers_near_a_power_of_ten_are_read() -> None:
     ids = [sign * (10**k + d) for k in range(19) for d in (-1, 0, 1) for sign in (1, -1) if 10**k + d]

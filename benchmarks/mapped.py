@@ -99,7 +99,7 @@ def catalogue(
 
 def fault_in(snapshot: Snapshot) -> None:
     """Read every page once, as a service's warm-up does: none is missing when the clock runs."""
-    for array in (snapshot.rows, snapshot.keys, snapshot.slots):
+    for array in (snapshot.rows, snapshot.keys, snapshot.buckets):
         flat = array.reshape(-1)
         for start in range(0, len(flat), 1 << 24):
             np.add.reduce(flat[start : start + (1 << 24)])
@@ -209,11 +209,11 @@ def huge_table(found: Catalogue, dtype: Dtype, level: str) -> tuple[Table, float
     """
     snapshot = found.snapshots[dtype]
     before = _huge_bytes()
-    rows, slots, keys = (_copied(array) for array in (snapshot.rows, snapshot.slots, snapshot.keys))
-    share = (_huge_bytes() - before) / (rows.nbytes + slots.nbytes + keys.nbytes)
+    rows, buckets = (_copied(array) for array in (snapshot.rows, snapshot.buckets))
+    share = (_huge_bytes() - before) / (rows.nbytes + buckets.nbytes)
     engine.select(level)
     try:
-        finder = open_index(Index(slots, keys))
+        finder = open_index(Index(buckets, len(rows)))
         return open_table(RecordLayout(found.head, dtype), rows, finder), min(share, 1.0)
     finally:
         engine.select()

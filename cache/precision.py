@@ -137,7 +137,7 @@ def _cost(
 def _table(bundle: Bundle, records: NDArray[np.float32], dtype: Dtype) -> Table:
     layout = RecordLayout(bundle.head, dtype)
     keys = np.arange(len(records), dtype=np.uint64)
-    return open_table(layout, pack(layout, records), open_index(Index(build_index(keys), keys)))
+    return open_table(layout, pack(layout, records), open_index(Index(build_index(keys), len(keys))))
 
 
 def kendall_tau(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -6,7 +6,7 @@
     keys       (n,) uint64: the int64 id itself, or the salted hash of the string id
     offsets    (n + 1,) uint64 into `text`; only with string ids
     text       UTF-8 of all string ids, end to end; only with string ids
-    slots      (m,) uint32, open addressing over the keys (kernel.reference): row + 1, 0 is empty
+    buckets    (m, 16) uint32, the index over the keys (kernel.reference)
     hashes     sha256 of every 2 MiB of what lies between header and here
 
 Sections start at multiples of 64 bytes and are found by name, so a later version may add some without a change for its
@@ -38,14 +38,14 @@ from kernel.errors import KernelError, RecordError
 from kernel.head import HeadSpec
 from kernel.ids import Texts
 from kernel.record import Dtype, RecordLayout
-from kernel.reference import slot_count
+from kernel.reference import BUCKET_WORDS, bucket_count
 
 Kind = Literal["items", "users"]
 IdType = Literal["int", "string"]
 Layout = Literal["plain", "quads"]
 Ids = Sequence[int] | Sequence[str] | NDArray[Any] | Texts
 
-MAGIC, VERSION, LITTLE_ENDIAN = b"RTSNAP\r\n", 2, 0x01020304
+MAGIC, VERSION, LITTLE_ENDIAN = b"RTSNAP\r\n", 3, 0x01020304
 DTYPES: dict[str, str] = {"f32": "<f4", "f16": "<f2", "int8": "|i1", "int32": "<i4"}
 HEADER_BYTES, RECORDS_AT, ALIGNMENT, PIECE_BYTES = 1024, 4096, 64, 2 << 20
 MAX_SECTIONS, MAX_ID_BYTES, MAX_ROWS = 16, 1024, 2**31 - 1
@@ -140,14 +140,14 @@ class Snapshot:
         self.id = hashlib.sha256(mapped[:HEADER_BYTES]).hexdigest()[:16]
         self._mapped = mapped
         self.keys = self._array("keys", "<u8")  # (n,) uint64
-        self.slots = self._array("slots", "<u4")  # (m,) uint32
+        self.buckets = self._array("buckets", "<u4").reshape(-1, BUCKET_WORDS)
         self._offsets = self._array("offsets", "<u8").view(np.int64)  # (n + 1,) or empty
         self._text = self._array("text", "|u1")
         texts = header.id_type == "string"
         self._finder = open_index(
             Index(
-                self.slots,
-                self.keys,
+                self.buckets,
+                header.count,
                 self._offsets.view(np.uint64) if texts else None,
                 self._text if texts else None,
                 header.salt,
@@ -280,7 +280,7 @@ def _check_sections(path: Path, header: Header) -> None:
     wanted = {
         "records": count * header.stride,
         "keys": 8 * count,
-        "slots": 4 * slot_count(count),
+        "buckets": 4 * BUCKET_WORDS * bucket_count(count),
         "hashes": 32 * pieces,
     }
     if header.id_type == "string":
@@ -404,7 +404,7 @@ class SnapshotWriter:
         if self.id_type == "string":
             self._section(sections, "offsets", [self._offsets()])
             self._section(sections, "text", self._spooled())
-        self._section(sections, "slots", [build_index(keys)])
+        self._section(sections, "buckets", [build_index(keys)])
         hashes_at = self._pad()
         hashes = b"".join(self._hash_pieces(hashes_at))
         self._stream.seek(hashes_at)

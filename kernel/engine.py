@@ -93,10 +93,10 @@ def build_index(keys: NDArray[np.uint64]) -> NDArray[np.uint32]:
     """As `reference.build_index`."""
     if native is None:
         return reference.build_index(keys)
-    slots = np.zeros(reference.slot_count(len(keys)), np.uint32)
-    if native.build_index(np.ascontiguousarray(keys), slots) < len(keys):
+    buckets = np.zeros((reference.bucket_count(len(keys)), reference.BUCKET_WORDS), np.uint32)
+    if native.build_index(np.ascontiguousarray(keys), buckets) < len(keys):
         raise ValueError("keys repeat: an index needs distinct keys")
-    return slots
+    return buckets
 
 
 def hash_texts(texts: Texts, salt: int) -> NDArray[np.uint64]:
@@ -130,8 +130,8 @@ def _shape(layout: RecordLayout) -> Any:
 class Index:
     """Where ids are found: see kernel/reference.py. `offsets` and `text` are the stored ids where they are texts."""
 
-    slots: NDArray[np.uint32]  # (m,)
-    keys: NDArray[np.uint64]  # (n,)
+    buckets: NDArray[np.uint32]  # (m, 16)
+    count: int  # of the ids
     offsets: NDArray[np.uint64] | None = None  # (n + 1,) into `text`
     text: NDArray[np.uint8] | None = None  # octets
     salt: int = 0
@@ -155,7 +155,7 @@ class _NativeFinder:
     def __init__(self, index: Index) -> None:
         assert native is not None
         try:
-            self.ids = native.Ids(index.slots, index.keys, index.offsets, index.text, index.salt)
+            self.ids = native.Ids(index.buckets, index.count, index.offsets, index.text, index.salt)
         except (ValueError, TypeError) as error:
             raise KernelError(f"the index cannot be opened ({error})") from error
 
@@ -176,21 +176,21 @@ class _NativeFinder:
 
 class _NumpyFinder:
     def __init__(self, index: Index) -> None:
-        if int(index.slots.max(initial=0)) > len(index.keys):
-            raise KernelError(f"the index cannot be opened (a slot names a row beyond {len(index.keys)})")
-        if index.slots.all():
-            raise KernelError("the index cannot be opened (no slot is free: a search would not end)")
+        if int(index.buckets[:, 2 * reference.ENTRIES : reference.SPILLED].max(initial=0)) > index.count:
+            raise KernelError(f"the index cannot be opened (a bucket names a row beyond {index.count})")
+        if index.buckets[:, reference.SPILLED].all():
+            raise KernelError("the index cannot be opened (every bucket has spilled: a search would not end)")
         self.index = index
 
     def __len__(self) -> int:
-        return len(self.index.keys)
+        return self.index.count
 
     def lookup(self, ids: Ids) -> NDArray[np.int32]:
         if isinstance(ids, Texts):
             return self._lookup_texts(ids)
         if self.index.text is not None:
             raise KernelError("this table has text ids, got integers")
-        return reference.lookup(self.index.slots, self.index.keys, ids.view(np.uint64))
+        return reference.lookup(self.index.buckets, ids.view(np.uint64))
 
     def _lookup_texts(self, ids: Texts) -> NDArray[np.int32]:
         """Equal hashes prove nothing: the stored text is compared."""
@@ -198,7 +198,7 @@ class _NumpyFinder:
         if offsets is None or text is None:
             raise KernelError("this table has integer ids, got texts")
         wanted = [text if len(text) <= MAX_TEXT else "" for text in ids.tolist()]  # hashing pads all to the longest
-        rows = reference.lookup(self.index.slots, self.index.keys, reference.hash_strings(wanted, self.index.salt))
+        rows = reference.lookup(self.index.buckets, reference.hash_strings(wanted, self.index.salt))
         found = np.flatnonzero(rows >= 0)
         starts = offsets.astype(np.int64)
         stored = Texts(text, starts[rows[found]], starts[rows[found] + 1] - starts[rows[found]]).tolist()
@@ -351,7 +351,7 @@ def check_native(layout: RecordLayout, user: NDArray[np.float32], records: NDArr
     """
     rows = pack(layout, records)
     keys = np.arange(len(records), dtype=np.uint64)
-    table = open_table(layout, rows, open_index(Index(build_index(keys), keys)))
+    table = open_table(layout, rows, open_index(Index(build_index(keys), len(keys))))
     places = np.arange(len(records), dtype=np.int32)
     expected = reference.score_oracle(layout.head, user, record.unpack(layout, rows))
     found = table.score(np.ascontiguousarray(user, np.float32), places)

@@ -7,8 +7,9 @@ Scores. With user heads u_p (Hu, d), item heads v_q (Hi, d), temperature tau = 1
                       E_u' = E_u + G_u * (P V_i)             E_i' = E_i + G_i * (R^T V_u)
                       s  = scale * sum_p max_q cos(E_u'_p, E_i'_q) + b,    cos divides by max(norm, 1e-6)
 
-Index. Open addressing with linear probing over a power of two of slots, at most a quarter full; slot = row + 1, 0 is
-empty; a key starts at mix(key) & (slots - 1), mix being the finaliser of splitmix64.
+Index. Buckets of 16 words of 32 bits: five keys of two words, five rows + 1 (0 is empty), 1 if an entry that belongs
+here had to go on to the next bucket. A key belongs to bucket (mix(key) >> 32) * buckets >> 32, mix being the finaliser
+of splitmix64.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from kernel.head import HeadSpec
 
 NORM_FLOOR = 1e-6
+BUCKET_WORDS, ENTRIES, SPILLED = 16, 5, 15
 CHUNK = 2048  # candidates scored at a time by cross-attention: keeps the intermediates in the cache
 
 Floats = NDArray[Any]  # float32 to serve, float64 as an oracle
@@ -155,48 +157,56 @@ def mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x
 
 
-def slot_count(count: int) -> int:
-    """Slots of an index over `count` keys: a power of two, at least four times the keys."""
-    return 1 << int(4 * count - 1).bit_length() if count else 2
+def bucket_count(count: int) -> int:
+    """Buckets of an index over `count` keys: one for every two and a half."""
+    return max(1, -(-2 * count // 5))
+
+
+def _home(keys: NDArray[np.uint64], buckets: int) -> NDArray[np.int64]:
+    return (((mix(keys) >> np.uint64(32)) * np.uint64(buckets)) >> np.uint64(32)).astype(np.int64)
 
 
 def build_index(keys: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """Slots (m,) uint32 over distinct keys (n,): row + 1, or 0 where empty. Raises ValueError on a repeated key."""
+    """Buckets (m, 16) uint32 over distinct keys (n,). Raises ValueError on a repeated key."""
     count = len(keys)
-    if count >= 2**32 - 1:
+    if count >= 2**31 - 1:
         raise ValueError(f"{count} keys do not fit a 32-bit index: shard the catalogue")
     order = np.sort(keys)
     if count > 1 and bool((order[1:] == order[:-1]).any()):
         raise ValueError("keys repeat: an index needs distinct keys")
-    slots = np.zeros(slot_count(count), np.uint32)
-    mask = np.uint64(len(slots) - 1)
-    place = (mix(keys) & mask).astype(np.int64)
-    waiting = np.arange(count, dtype=np.uint32)
-    while len(waiting):  # every round, the first waiting row of each free slot takes it, the others move one on
-        slot = place[waiting]
-        free = slots[slot] == 0
-        candidates, first = np.unique(slot[free], return_index=True)
-        slots[candidates] = waiting[free][first] + np.uint32(1)
-        waiting = waiting[slots[slot] != waiting + np.uint32(1)]
-        place[waiting] = (place[waiting] + 1) & int(mask)
-    return slots
+    buckets = np.zeros((bucket_count(count), BUCKET_WORDS), np.uint32)
+    entries, rows = buckets[:, : 2 * ENTRIES].view("<u8"), buckets[:, 2 * ENTRIES : SPILLED]
+    used = np.zeros(len(buckets), np.int64)
+    place = _home(keys, len(buckets))
+    waiting = np.arange(count)
+    while len(waiting):  # every round, each bucket takes as many as it has room for, the others move one on
+        waiting = waiting[np.argsort(place[waiting], kind="stable")]
+        there = place[waiting]
+        nth = np.arange(len(there)) - np.searchsorted(there, there)  # of those that wait for the same bucket
+        entry = used[there] + nth
+        fits = entry < ENTRIES
+        entries[there[fits], entry[fits]] = keys[waiting[fits]]
+        rows[there[fits], entry[fits]] = waiting[fits] + 1
+        used += np.bincount(there[fits], minlength=len(buckets))
+        waiting = waiting[~fits]
+        buckets[place[waiting], SPILLED] = 1
+        place[waiting] = (place[waiting] + 1) % len(buckets)
+    return buckets
 
 
-def lookup(slots: NDArray[np.uint32], keys: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.int32]:
+def lookup(buckets: NDArray[np.uint32], wanted: NDArray[np.uint64]) -> NDArray[np.int32]:
     """Rows (n,) int32 of the wanted keys, -1 where unknown."""
-    rows = np.full(len(wanted), -1, np.int32)
-    if not len(keys):
-        return rows
-    mask = len(slots) - 1
-    place = (mix(wanted) & np.uint64(mask)).astype(np.int64)
+    found = np.full(len(wanted), -1, np.int32)
+    entries, rows = buckets[:, : 2 * ENTRIES].view("<u8"), buckets[:, 2 * ENTRIES : SPILLED]
+    place = _home(wanted, len(buckets))
     waiting = np.arange(len(wanted))
     while len(waiting):
-        row = slots[place[waiting]].astype(np.int64) - 1
-        hit = (row >= 0) & (keys[row] == wanted[waiting])
-        rows[waiting[hit]] = row[hit]
-        waiting = waiting[(row >= 0) & ~hit]
-        place[waiting] = (place[waiting] + 1) & mask
-    return rows
+        there = place[waiting]
+        hit = (entries[there] == wanted[waiting, None]) & (rows[there] > 0)
+        found[waiting] = np.where(hit, rows[there].astype(np.int64), 0).sum(axis=1) - 1
+        waiting = waiting[(found[waiting] < 0) & (buckets[there, SPILLED] > 0)]
+        place[waiting] = (place[waiting] + 1) % len(buckets)
+    return found
 
 
 def hash_strings(ids: Sequence[str], salt: int) -> NDArray[np.uint64]:

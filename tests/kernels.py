@@ -44,7 +44,7 @@ def _side(head: HeadSpec, rng: np.random.Generator, count: int, heads: int, size
 def index_of(keys: np.ndarray) -> Finder:
     """An index over integer ids (n,)."""
     unsigned = keys.astype(np.int64).view(np.uint64)
-    return open_index(Index(engine.build_index(unsigned), unsigned))
+    return open_index(Index(engine.build_index(unsigned), len(unsigned)))
 
 
 def table_of(head: HeadSpec, dtype: Dtype, items: np.ndarray, keys: np.ndarray | None = None) -> Table:

@@ -36,6 +36,7 @@ using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Writable = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Words = Matrix<uint32_t>;  // (buckets, 16)
 template <class T>
 using Made = nb::ndarray<nb::numpy, T, nb::ndim<1>, nb::c_contig>;
 
@@ -95,18 +96,19 @@ size_t pack_rows(const Shape& shape, const Matrix<float>& records, const Rows& r
     return pack(shape, records.data(), records.shape(0), rows.data());
 }
 
-void check_slots(const Writable<const uint32_t>& slots, size_t keys) {
-    const size_t count = slots.shape(0);
-    if (count < 2 || (count & (count - 1)) || count < 2 * keys)
-        refuse(std::to_string(count) + " slots for " + std::to_string(keys) +
-               " keys: a power of two of twice as many is needed");
+void check_buckets(size_t buckets, size_t words, size_t keys) {
+    expect("a bucket", words, sizeof(Bucket) / 4);
+    if (!buckets || buckets > 0xffffffff || buckets * Bucket::entries <= keys)
+        refuse(std::to_string(buckets) + " buckets for " + std::to_string(keys) +
+               " keys: more than a fifth as many are needed");
 }
 
-size_t fill_slots(const Vector<uint64_t>& keys, const Writable<uint32_t>& slots) {
-    check_slots(Writable<const uint32_t>(slots), keys.shape(0));
+size_t fill_buckets(const Vector<uint64_t>& keys,
+                    const nb::ndarray<uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& buckets) {
+    check_buckets(buckets.shape(0), buckets.shape(1), keys.shape(0));
     if (keys.shape(0) >= 0x7fffffff) refuse(std::to_string(keys.shape(0)) + " keys are more than rows can number");
     nb::gil_scoped_release release;
-    return build_index(keys.data(), keys.shape(0), slots.data(), slots.shape(0) - 1);
+    return build_index(keys.data(), keys.shape(0), reinterpret_cast<Bucket*>(buckets.data()), buckets.shape(0));
 }
 
 struct TextArrays {
@@ -138,14 +140,8 @@ Made<int32_t> best_of(const Vector<float>& scores, size_t k) {
     std::vector<int32_t> best(std::min<size_t>(k, scores.shape(0)));
     {
         nb::gil_scoped_release release;
-        const size_t count = scores.shape(0);
         TopK keep(best.size());
-        std::vector<int32_t> positions(std::min(count, rank_block));
-        for (size_t start = 0; start < count; start += rank_block) {
-            const size_t n = std::min(rank_block, count - start);
-            for (size_t i = 0; i < n; ++i) positions[i] = int32_t(start + i);
-            keep.add(scores.data() + start, positions.data(), n);
-        }
+        keep.add(scores.data(), [](size_t i) { return int32_t(i); }, scores.shape(0));
         std::vector<float> kept(best.size());
         keep.finish(best.data(), kept.data());
     }
@@ -164,14 +160,15 @@ RankedArrays arrays_of(Ranked&& ranked) {
 // Where ids are found. Owns nothing: it keeps the arrays alive and reads them where they lie.
 class Ids {
   public:
-    Ids(Vector<uint32_t> slots, Vector<uint64_t> keys, std::optional<Vector<uint64_t>> offsets,
-        std::optional<Vector<uint8_t>> text, uint64_t salt)
-        : slots_(slots), keys_(keys) {
-        check_slots(Writable<const uint32_t>(slots), keys.shape(0));
+    Ids(Words buckets, size_t count, std::optional<Vector<uint64_t>> offsets, std::optional<Vector<uint8_t>> text,
+        uint64_t salt)
+        : buckets_(buckets) {
+        check_buckets(buckets.shape(0), buckets.shape(1), count);
         if (offsets.has_value() != text.has_value()) refuse("text ids need both offsets and text");
-        index_ = {slots.data(), slots.shape(0) - 1, keys.data(), keys.shape(0), nullptr, nullptr, salt};
+        const auto* first = reinterpret_cast<const Bucket*>(buckets.data());
+        index_ = {first, buckets.shape(0), count, nullptr, nullptr, salt};
         if (offsets) {
-            expect("offsets", offsets->shape(0), keys.shape(0) + 1);
+            expect("offsets", offsets->shape(0), count + 1);
             offsets_ = *offsets, text_ = *text;
             index_.offsets = offsets_.data(), index_.text = text_.data();
         }
@@ -198,17 +195,18 @@ class Ids {
     }
 
   private:
-    // The file may be anybody's: a slot or an offset that leads out of it must be found before a request follows it.
+    // The file may be anybody's: a row or an offset that leads out of it must be found before a request follows it.
     void check_content() const {
         nb::gil_scoped_release release;
-        bool free = false;
-        for (size_t i = 0; i <= index_.mask; ++i) {
-            free |= index_.slots[i] == 0;
-            if (index_.slots[i] > index_.count)
-                refuse("slot " + std::to_string(i) + " names row " + std::to_string(index_.slots[i]) + " of " +
-                       std::to_string(index_.count));
+        bool ends = false;
+        for (size_t i = 0; i < index_.size; ++i) {
+            ends |= !index_.buckets[i].spilled;
+            for (const uint32_t row : index_.buckets[i].rows)
+                if (row > index_.count)
+                    refuse("bucket " + std::to_string(i) + " names row " + std::to_string(row) + " of " +
+                           std::to_string(index_.count));
         }
-        if (!free) refuse("no slot is free: a search for an unknown id would not end");
+        if (!ends) refuse("every bucket has spilled: a search for an unknown id would not end");
         for (size_t i = 0; index_.offsets && i < index_.count; ++i)
             if (index_.offsets[i] > index_.offsets[i + 1])
                 refuse("text " + std::to_string(i) + " ends before it begins");
@@ -226,8 +224,8 @@ class Ids {
         return give(std::move(rows));
     }
 
-    Vector<uint32_t> slots_;
-    Vector<uint64_t> keys_, offsets_;
+    Words buckets_;
+    Vector<uint64_t> offsets_;
     Vector<uint8_t> text_;
     Index index_{};
 };
@@ -375,17 +373,15 @@ void bind_records(nb::module_& m) {
         },
         "kind"_a, "dtype"_a, "user_heads"_a, "item_heads"_a, "dim"_a, "bias"_a, "scale"_a);
     m.def("pack", &pack_rows, "shape"_a, "records"_a.noconvert(), "rows"_a.noconvert());
-    m.def("build_index", &fill_slots, "keys"_a.noconvert(), "slots"_a.noconvert());
+    m.def("build_index", &fill_buckets, "keys"_a.noconvert(), "buckets"_a.noconvert());
     m.def("hash_texts", &hashes, "data"_a.noconvert(), "starts"_a.noconvert(), "sizes"_a.noconvert(), "salt"_a);
     m.def("top_k", &best_of, "scores"_a.noconvert(), "k"_a);
 }
 
 void bind_table(nb::module_& m) {
     nb::class_<Ids>(m, "Ids")
-        .def(nb::init<Vector<uint32_t>, Vector<uint64_t>, std::optional<Vector<uint64_t>>,
-                      std::optional<Vector<uint8_t>>, uint64_t>(),
-             "slots"_a.noconvert(), "keys"_a.noconvert(), "offsets"_a.noconvert().none(), "text"_a.noconvert().none(),
-             "salt"_a)
+        .def(nb::init<Words, size_t, std::optional<Vector<uint64_t>>, std::optional<Vector<uint8_t>>, uint64_t>(),
+             "buckets"_a.noconvert(), "count"_a, "offsets"_a.noconvert().none(), "text"_a.noconvert().none(), "salt"_a)
         .def("lookup", &Ids::find_ids, "ids"_a.noconvert())
         .def("lookup_texts", &Ids::find_texts, "data"_a.noconvert(), "starts"_a.noconvert(), "sizes"_a.noconvert())
         .def("__len__", &Ids::size);

@@ -1,12 +1,13 @@
 #include "index.h"
 
 #include <cstring>
+#include <utility>
+#include <vector>
 
 namespace ranktower {
 namespace {
 
-constexpr size_t ahead = 16;  // ids between a slot's prefetch and its reading, and from there to the key's reading
-constexpr size_t ring = 2 * ahead;
+constexpr size_t ahead = 32;   // ids between the prefetch of a bucket and its reading
 constexpr size_t block = 256;  // texts hashed at a time
 
 inline uint64_t mix(uint64_t x) {
@@ -25,44 +26,61 @@ inline uint64_t hash(const uint8_t* text, size_t size, uint64_t salt) {
     return h;
 }
 
-// One pipeline over all keys: while the slot of one is on its way, the key that an earlier slot points to is, too.
+inline uint64_t home(uint64_t key, uint64_t size) { return (mix(key) >> 32) * size >> 32; }
+
+// Row + 1 of a key, 0 where the bucket does not hold it. An empty entry gives 0 even to the key 0.
+inline uint32_t row_in(const Bucket& bucket, uint64_t key) {
+    uint32_t row = 0;
+    for (size_t i = 0; i < Bucket::entries; ++i) row |= bucket.rows[i] & -uint32_t(bucket.keys[i] == key);
+    return row;
+}
+
 void find(const Index& index, const uint64_t* keys, size_t count, int32_t* rows) {
-    uint64_t places[ring];
-    uint32_t slots[ring];
-    for (size_t i = 0; i < count + 2 * ahead; ++i) {
-        if (i >= 2 * ahead) {
-            const size_t done = i - 2 * ahead;
-            uint64_t place = places[done % ring];
-            uint32_t slot = slots[done % ring];
-            while (slot && index.keys[slot - 1] != keys[done]) {
-                place = (place + 1) & index.mask;
-                slot = index.slots[place];
+    uint32_t places[ahead];
+    std::vector<std::pair<uint32_t, uint32_t>> gone_on;  // which key, and the bucket that it went on to
+    for (size_t i = 0; i < count + ahead; ++i) {
+        if (i >= ahead) {
+            const size_t done = i - ahead;
+            const uint32_t place = places[i % ahead];
+            const Bucket& bucket = index.buckets[place];
+            const uint32_t row = row_in(bucket, keys[done]);
+            rows[done] = int32_t(row) - 1;
+            if (!row && bucket.spilled) {
+                const uint32_t next = place + 1 < index.size ? place + 1 : 0;
+                __builtin_prefetch(index.buckets + next);
+                gone_on.emplace_back(uint32_t(done), next);
             }
-            rows[done] = int32_t(slot) - 1;
-        }
-        if (i >= ahead && i - ahead < count) {
-            const size_t here = (i - ahead) % ring;
-            slots[here] = index.slots[places[here]];
-            if (slots[here]) __builtin_prefetch(index.keys + (slots[here] - 1));
         }
         if (i < count) {
-            places[i % ring] = mix(keys[i]) & index.mask;
-            __builtin_prefetch(index.slots + places[i % ring]);
+            places[i % ahead] = uint32_t(home(keys[i], index.size));
+            __builtin_prefetch(index.buckets + places[i % ahead], 0, 3);
         }
     }
+    for (auto [which, place] : gone_on)
+        for (;;) {
+            const Bucket& bucket = index.buckets[place];
+            rows[which] = int32_t(row_in(bucket, keys[which])) - 1;
+            if (rows[which] >= 0 || !bucket.spilled) break;
+            place = place + 1 < index.size ? place + 1 : 0;
+        }
 }
 
 }  // namespace
 
-size_t build_index(const uint64_t* keys, size_t count, uint32_t* slots, uint64_t mask) {
+size_t build_index(const uint64_t* keys, size_t count, Bucket* buckets, uint64_t size) {
     for (size_t row = 0; row < count; ++row) {
-        if (row + ahead < count) __builtin_prefetch(slots + (mix(keys[row + ahead]) & mask), 1);
-        uint64_t at = mix(keys[row]) & mask;
-        while (slots[at]) {
-            if (keys[slots[at] - 1] == keys[row]) return row;
-            at = (at + 1) & mask;
+        if (row + ahead < count) __builtin_prefetch(buckets + home(keys[row + ahead], size), 1);
+        for (uint64_t at = home(keys[row], size);; at = at + 1 < size ? at + 1 : 0) {
+            Bucket& bucket = buckets[at];
+            if (row_in(bucket, keys[row])) return row;
+            size_t used = 0;
+            while (used < Bucket::entries && bucket.rows[used]) ++used;
+            if (used < Bucket::entries) {
+                bucket.keys[used] = keys[row], bucket.rows[used] = uint32_t(row) + 1;
+                break;
+            }
+            bucket.spilled = 1;
         }
-        slots[at] = uint32_t(row) + 1;
     }
     return count;
 }

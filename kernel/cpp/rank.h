@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <vector>
 
@@ -38,25 +39,30 @@ Ranked rank(const Level& level, const Shape& shape, const void* prepared, const 
     k = k < count ? k : count;
     TopK best(k);
     if (is_over(deadline_ns)) count = 0;
-    std::vector<int32_t> rows(count), positions(count);  // first of all candidates, then of the known ones
+    std::vector<int32_t> rows(count), positions;  // of all candidates; where some are unknown, of the known ones alone
     find(count, rows.data());
-    size_t known = 0;
-    for (size_t i = 0; i < count; ++i) {
-        rows[known] = rows[i];
-        positions[known] = int32_t(i);
-        if (rows[i] >= 0) ++known;
-        else ranked.missing.push_back(int32_t(i));
+    size_t known = count;
+    if (std::any_of(rows.begin(), rows.end(), [](int32_t row) { return row < 0; })) {
+        known = 0;
+        positions.resize(count);
+        for (size_t i = 0; i < count; ++i) {
+            rows[known] = rows[i];
+            positions[known] = int32_t(i);
+            if (rows[i] >= 0) ++known;
+            else ranked.missing.push_back(int32_t(i));
+        }
     }
+    const auto position = [&](size_t i) { return positions.empty() ? int32_t(i) : positions[i]; };
     float scores[rank_block];
     ranked.seen = count;
     for (size_t scored = 0; scored < known; scored += rank_block) {
         if (is_over(deadline_ns)) {
-            ranked.seen = size_t(positions[scored]);
+            ranked.seen = size_t(position(scored));
             break;
         }
         const size_t n = known - scored < rank_block ? known - scored : rank_block;
         level.score(shape, prepared, table, rows.data() + scored, n, known - scored, scores);
-        best.add(scores, positions.data() + scored, n);
+        best.add(scores, [&](size_t i) { return position(scored + i); }, n);
     }
     while (!ranked.missing.empty() && size_t(ranked.missing.back()) >= ranked.seen) ranked.missing.pop_back();
     ranked.positions.resize(k), ranked.scores.resize(k);

@@ -1,14 +1,15 @@
 // The k best of a stream of scores, best first; equal scores keep the order of their coming; NaN comes last.
 //
 // A score becomes a 64-bit key, its bits in falling order above its position, so that one integer comparison decides
-// score and tie. Keys that cannot reach the best k any more are not kept: of 5,000 scores in random order about 500
-// enter the buffer for k = 100, which is cut back to k whenever it is full. Portable code.
+// score and tie. Nearly all are turned away before that, by one comparison with the worst score that is kept: of 5,000
+// scores in random order about 500 enter the buffer for k = 100, which is cut back to k whenever it is full. Portable.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace ranktower {
@@ -17,10 +18,13 @@ class TopK {
   public:
     explicit TopK(size_t k) : k_(k), full_(std::max<size_t>(2 * k, 64)) { keys_.reserve(full_); }
 
-    void add(const float* scores, const int32_t* positions, size_t count) {
+    // position(i) of score i, rising from call to call.
+    template <class Position>
+    void add(const float* scores, Position position, size_t count) {
         if (!k_) return;
         for (size_t i = 0; i < count; ++i) {
-            const uint64_t key = key_of(scores[i], positions[i]);
+            if (scores[i] <= worst_) continue;  // an equal one that comes later, too; not NaN
+            const uint64_t key = key_of(scores[i], position(i));
             if (key >= limit_) continue;
             keys_.push_back(key);
             if (keys_.size() == full_) cut();
@@ -59,10 +63,12 @@ class TopK {
         std::nth_element(keys_.begin(), keys_.begin() + (k_ - 1), keys_.end());
         keys_.resize(k_);
         limit_ = keys_[k_ - 1];
+        worst_ = score_of(uint32_t(limit_ >> 32));
     }
 
     size_t k_, full_;
     uint64_t limit_ = ~uint64_t(0);
+    float worst_ = std::numeric_limits<float>::quiet_NaN();  // compares with nothing
     std::vector<uint64_t> keys_;
 };
 

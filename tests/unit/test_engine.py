@@ -161,11 +161,11 @@ def test_a_table_beyond_four_gigabytes_is_read_to_its_end(tmp_path: Path, level:
 )
 def test_every_level_finds_the_same_rows(keys: set[int], others: set[int]) -> None:
     ids = np.array(sorted(keys), np.int64)
-    slots = engine.build_index(ids.view(np.uint64))
-    assert len(slots) == reference.slot_count(len(ids))
+    buckets = engine.build_index(ids.view(np.uint64))
+    assert len(buckets) == reference.bucket_count(len(ids))
     wanted = np.array([*sorted(keys, reverse=True), *sorted(others - keys)], np.int64)
-    expected = reference.lookup(slots, ids.view(np.uint64), wanted.view(np.uint64))
-    np.testing.assert_array_equal(open_index(Index(slots, ids.view(np.uint64))).lookup(wanted), expected)
+    expected = reference.lookup(buckets, wanted.view(np.uint64))
+    np.testing.assert_array_equal(open_index(Index(buckets, len(ids))).lookup(wanted), expected)
     assert expected.tolist() == [*range(len(ids))][::-1] + [-1] * len(others - keys)
 
 
@@ -175,7 +175,7 @@ def test_texts_are_hashed_and_compared_alike(texts: list[str], salt: int) -> Non
     keys = engine.hash_texts(stored, salt)
     assert keys.tolist() == reference.hash_strings(texts, salt).tolist()
     offsets = np.concatenate([stored.starts, [len(stored.data)]]).astype(np.uint64)
-    finder = open_index(Index(engine.build_index(keys), keys, offsets, stored.data, salt))
+    finder = open_index(Index(engine.build_index(keys), len(keys), offsets, stored.data, salt))
     assert finder.lookup(stored[::-1]).tolist() == [*range(len(texts))][::-1]
     absent = [text + "!" for text in texts if text + "!" not in texts]
     assert finder.lookup(Texts.of(absent)).tolist() == [-1] * len(absent)
@@ -184,7 +184,7 @@ def test_texts_are_hashed_and_compared_alike(texts: list[str], salt: int) -> Non
 def test_equal_hashes_prove_nothing(level: str) -> None:
     stored, wanted = Texts.of(["abc"]), Texts.of(["abd"])
     keys = engine.hash_texts(wanted, 1)  # as if both had one hash
-    finder = open_index(Index(engine.build_index(keys), keys, np.array([0, 3], np.uint64), stored.data, 1))
+    finder = open_index(Index(engine.build_index(keys), len(keys), np.array([0, 3], np.uint64), stored.data, 1))
     assert finder.lookup(wanted).tolist() == [-1]
 
 
@@ -216,7 +216,7 @@ def test_a_ranking_is_lookup_score_and_top_k(level: str, kind: HeadKind, text: b
         stored = Texts.of([f"item/{key}" for key in keys.tolist()])
         offsets = np.concatenate([stored.starts, [len(stored.data)]]).astype(np.uint64)
         hashes = engine.hash_texts(stored, 7)
-        index = Index(engine.build_index(hashes), hashes, offsets, stored.data, 7)
+        index = Index(engine.build_index(hashes), len(hashes), offsets, stored.data, 7)
         layout = RecordLayout(head, "f16")
         table = open_table(layout, engine.pack(layout, items), open_index(index))
     else:
@@ -322,20 +322,31 @@ def test_arrays_are_never_converted_silently() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slots", "keys", "named"),
+    ("shape", "word", "value", "count", "named"),
     [
-        ([0, 2], [5], "names row 2 of 1"),
-        ([1], [5], "power of two"),
-        ([1, 2], [5, 6], "power of two"),
-        ([1, 1], [5], "no slot is free"),
-        ([1, 0, 0], [5], "power of two"),
+        ((1, 16), 10, 2, 1, "row 2 of 1|row beyond 1"),
+        ((2, 16), 14, 5, 4, "row 5 of 4|row beyond 4"),
+        ((1, 16), 15, 1, 1, "every bucket has spilled"),
     ],
 )
-def test_an_index_that_leads_out_of_itself_is_refused(slots: list[int], keys: list[int], named: str) -> None:
+@pytest.mark.parametrize("numpy", [False, True])
+def test_an_index_that_leads_out_of_itself_is_refused(
+    shape: tuple[int, int], word: int, value: int, count: int, named: str, numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if numpy:
+        monkeypatch.setattr(engine, "native", None)
+    buckets = np.zeros(shape, np.uint32)
+    buckets[-1, word] = value
+    with pytest.raises(KernelError, match=named):
+        open_index(Index(buckets, count))
+
+
+@pytest.mark.parametrize(("shape", "named"), [((1, 16), "1 buckets for 5 keys"), ((2, 15), "a bucket has 15 entries")])
+def test_an_index_of_another_form_is_refused(shape: tuple[int, int], named: str) -> None:
     if not NATIVE:
         pytest.skip("the extension was not built")
     with pytest.raises(KernelError, match=named):
-        open_index(Index(np.array(slots, np.uint32), np.array(keys, np.uint64)))
+        open_index(Index(np.zeros(shape, np.uint32), 5))
 
 
 @pytest.mark.parametrize(("offsets", "named"), [([0, 9], "outside"), ([2, 1], "ends before"), ([0], "offsets has 1")])
@@ -344,7 +355,7 @@ def test_texts_that_lead_out_of_themselves_are_refused(offsets: list[int], named
         pytest.skip("the extension was not built")
     text = np.frombuffer(b"abc", np.uint8)
     with pytest.raises(KernelError, match=named):
-        open_index(Index(np.array([1, 0], np.uint32), np.array([5], np.uint64), np.array(offsets, np.uint64), text))
+        open_index(Index(np.zeros((1, 16), np.uint32), 1, np.array(offsets, np.uint64), text))
     wrong = Texts(text, np.array([2]), np.array([2]))
     with pytest.raises(ValueError, match="outside of its buffer"):
         engine.hash_texts(wrong, 0)

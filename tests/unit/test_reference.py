@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel.head import HeadKind, HeadSpec
-from kernel.reference import build_index, explain, hash_strings, lookup, score, score_oracle, slot_count, top_k
+from kernel.reference import (
+    BUCKET_WORDS,
+    SPILLED,
+    bucket_count,
+    build_index,
+    explain,
+    hash_strings,
+    lookup,
+    score,
+    score_oracle,
+    top_k,
+)
 
 SHAPES = [(1, 1, 8), (2, 1, 12), (1, 3, 32), (4, 4, 32), (8, 3, 64), (3, 8, 100)]
 COUNTS = [0, 1, 15, 16, 17, 33]
@@ -119,16 +130,19 @@ def test_top_k_is_a_stable_sort_cut_at_k(scores: list[float], k: int) -> None:
 @given(keys=st.sets(st.integers(0, 2**64 - 1), max_size=200), others=st.sets(st.integers(0, 2**64 - 1), max_size=20))
 def test_an_index_finds_its_keys_and_no_others(keys: set[int], others: set[int]) -> None:
     array = np.array(sorted(keys), np.uint64)
-    slots = build_index(array)
-    assert len(slots) == slot_count(len(array)) >= 4 * len(array)
-    np.testing.assert_array_equal(lookup(slots, array, array), np.arange(len(array)))
+    buckets = build_index(array)
+    assert buckets.shape == (bucket_count(len(array)), BUCKET_WORDS)
+    np.testing.assert_array_equal(lookup(buckets, array), np.arange(len(array)))
     unknown = np.array(sorted(others - keys), np.uint64)
-    assert (lookup(slots, array, unknown) == -1).all()
+    assert (lookup(buckets, unknown) == -1).all()
 
 
 def test_keys_that_collide_are_still_told_apart() -> None:
-    keys = np.arange(4000, dtype=np.uint64)  # a quarter of 16,384 slots: probes go on
-    np.testing.assert_array_equal(lookup(build_index(keys), keys, keys[::-1]), np.arange(4000)[::-1])
+    keys = np.arange(4000, dtype=np.uint64)
+    buckets = build_index(keys)
+    assert buckets[:, SPILLED].sum() > 20, "some have more keys than room"
+    np.testing.assert_array_equal(lookup(buckets, keys[::-1]), np.arange(4000)[::-1])
+    assert (lookup(buckets, keys + np.uint64(4000)) == -1).all()
 
 
 def test_repeated_keys_are_refused() -> None:

@@ -71,7 +71,7 @@ def test_plain_records_are_aligned(tmp_path: Path, size: int) -> None:
     snapshot = write(tmp_path / "t.snap", np.arange(20), records)
     np.testing.assert_array_equal(snapshot.records, records)
     assert snapshot.records.strides[0] % 64 == 0
-    for section in (snapshot.records, snapshot.keys, snapshot.slots):
+    for section in (snapshot.records, snapshot.keys, snapshot.buckets):
         assert section.ctypes.data % 64 == 0
 
 
@@ -276,7 +276,7 @@ def test_any_flipped_bit_of_the_header_is_refused(table: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "message"), [(8, 99, "format 99, this version reads 2"), (12, 0x04030201, "little-endian")]
+    ("place", "value", "message"), [(8, 99, "format 99, this version reads 3"), (12, 0x04030201, "little-endian")]
 )
 def test_another_version_or_byte_order_is_named(table: Path, place: int, value: int, message: str) -> None:
     whole = table.read_bytes()
@@ -285,7 +285,7 @@ def test_another_version_or_byte_order_is_named(table: Path, place: int, value: 
         Snapshot.open(table)
 
 
-@pytest.mark.parametrize("section", ["records", "keys", "offsets", "text", "slots", "hashes"])
+@pytest.mark.parametrize("section", ["records", "keys", "offsets", "text", "buckets", "hashes"])
 def test_any_changed_section_is_found_by_verify(table: Path, section: str) -> None:
     snapshot = Snapshot.open(table)
     place = snapshot.header.sections[section].offset
@@ -324,7 +324,7 @@ def lying(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]],
         lying(lambda h: {"record_dtype": "f64"}),
         lying(lambda h: {"kind": "things"}),
         lying(lambda h: {"sections": {**h["sections"], "keys": (2**62, 24)}}),
-        lying(lambda h: {"sections": {**h["sections"], "slots": (0, 32)}}),
+        lying(lambda h: {"sections": {**h["sections"], "buckets": (0, 32)}}),
         lying(lambda h: {"sections": {k: v for k, v in h["sections"].items() if k != "offsets"}}),
         lying(lambda h: {"sections": {k: v for k, v in h["sections"].items() if k != "hashes"}}),
         lying(lambda h: {"sections": {}}),

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib import import_module
 from time import monotonic, perf_counter, perf_counter_ns
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ from service.admission import Admission, Permit
 from service.answers import JSON, Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
 from service.at_once import BATCH, RANK, STATE, AtOnce
 from service.errors import BodyTooLarge
-from service.media import check_encoding, form_of, spoken
+from service.media import ARROW_ROOM, check_encoding, form_of, is_loaded, spoken
 from service.openapi import TITLE, VERSION, describe, documented
 from service.ranker import Ranker
 from service.refresh import Refresher
@@ -102,9 +103,12 @@ class Service:
         """Read the body, wait for a permit, answer on the event loop or, where that takes long, in the pool."""
         arrived_ns = perf_counter_ns()
         self.admission.check_room()
-        form = form_of(request.headers.get("content-type", ""), answerer)
+        content_type, accept = (request.headers.get(name, "") for name in ("content-type", "accept"))
+        form = form_of(content_type, answerer)
         check_encoding(request.headers.get("content-encoding", ""))
-        answerer = spoken(request.headers.get("accept", ""), answerer, form)
+        if not is_loaded(content_type, accept):
+            await asyncio.get_running_loop().run_in_executor(None, import_module, ARROW_ROOM)
+        answerer = spoken(accept, answerer, form)
         body = await _read(request, self.settings.max_body_bytes)
         clock = StageClock()
         async with self.admission.admit(arrived_ns) as permit:

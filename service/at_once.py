@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.admission import Permit
 from service.answers import Answer, Answerer, answer_batch, answer_rank
 from service.errors import ServiceError
-from service.media import form_of, spoken
+from service.media import form_of, is_loaded, spoken
 from service.telemetry import StageClock
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class AtOnce:
             return None
         if not size.isdigit() or int(size[:20]) > self._service.settings.max_body_bytes:
             return None
-        way = _way(path, found.get(b"content-type", b""), found.get(b"accept", b""))
+        content_type, accept = (found.get(name, b"").decode("latin-1") for name in (b"content-type", b"accept"))
+        way = _way(path, content_type, accept) if is_loaded(content_type, accept) else None
         return None if way is None else Asked(path.decode(), *way, perf_counter_ns())
 
     def wait(self, protocol: RankProtocol, asked: Asked) -> None:
@@ -117,14 +118,14 @@ class AtOnce:
 
 
 @lru_cache(maxsize=64)
-def _way(path: bytes, content_type: bytes, accept: bytes) -> tuple[Answerer, str] | None:
+def _way(path: bytes, content_type: str, accept: str) -> tuple[Answerer, str] | None:
     """The answerer, and the form of the body; None where nobody reads it."""
     answerer = ANSWERERS[path]
     try:
-        form = form_of(content_type.decode("latin-1"), answerer)
+        form = form_of(content_type, answerer)
     except ServiceError:
         return None
-    return spoken(accept.decode("latin-1"), answerer, form), form
+    return spoken(accept, answerer, form), form
 
 
 class _Plain:

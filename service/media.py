@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 from service.answers import ARROW, JSON, Answerer, answer_rank
 from service.errors import UnsupportedBody
+
+ARROW_ROOM = "service.arrow"
+
+
+def is_loaded(*headers: str) -> bool:
+    """Whether what these headers name is in memory: pyarrow, 25 MB and 200 ms, comes only where somebody speaks it."""
+    return ARROW_ROOM in sys.modules or not any(ARROW in header for header in headers)
 
 
 def form_of(content_type: str, answerer: Answerer) -> str:
@@ -36,6 +45,6 @@ def spoken(accept: str, answerer: Answerer, form: str) -> Answerer:
     sends = ARROW in accept or (form == ARROW and JSON not in accept)
     if answerer is not answer_rank or not (sends or form == ARROW):
         return answerer
-    from service import arrow  # pyarrow comes into memory, 25 MB, only where somebody speaks it
+    from service import arrow
 
     return arrow.answerer(takes=form == ARROW, sends=sends)

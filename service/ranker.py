@@ -17,6 +17,7 @@ from cache.release import BUNDLE, INDEX, ITEMS, Release, read_release
 from cache.snapshot import Snapshot, as_integers, as_texts
 from kernel.engine import Ranked, check_native, top_k
 from kernel.ids import Ids, Texts
+from kernel.items import probabilities
 from kernel.record import RecordLayout
 from kernel.reference import explain
 from model.bundle import Bundle, Calibration, open_bundle, read_probe
@@ -92,8 +93,8 @@ class Ranker:
         self.spec, self.head = bundle.spec, bundle.head
         self._tower, self._user_cache = tower or bundle.user_tower(), user_cache
         self._columns = self.spec.columns("user")
-        self.names = {  # of the fields that `user` and `context` take
-            side: tuple(f.name for f in self.spec.user_fields if f.side == side and f.name != HISTORY)
+        self.names = {  # of the fields that `user` and `context` take, in their order
+            side: dict.fromkeys(f.name for f in self.spec.user_fields if f.side == side and f.name != HISTORY)
             for side in ("user", "context")
         }
 
@@ -221,7 +222,7 @@ class Ranker:
             user_known=user.known,
             candidates=len(ids),
             scored=ranked.seen - len(missing),
-            missing=ids[missing],
+            missing=ids[missing] if len(missing) else ids[:0],
             kept=ids[positions],
             positions=positions,
             scores=scores,
@@ -290,9 +291,8 @@ class Ranker:
         """Every field that the request gives a value, by name. Raises RequestError on a name that is no field."""
         sent: dict[str, Any] = {}
         for side, values in (("user", request.user), ("context", request.context)):
-            for name in values or ():
-                if name not in self.names[side]:
-                    raise self._unknown_field(side, name, place)
+            if values and not values.keys() <= self.names[side].keys():
+                raise self._unknown_field(side, next(n for n in values if n not in self.names[side]), place)
             sent |= values or {}
         if request.history is not None and HISTORY in self._columns:
             sent[HISTORY] = request.history
@@ -456,11 +456,7 @@ def _check_users(bundle: Bundle, users: Snapshot | None) -> None:
 
 
 def _probabilities(calibration: Calibration | None, scores: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    """sigmoid(a * score + b), (k,) float32; NaN stays NaN."""
-    if calibration is None:
-        return None
-    logits = calibration.a * scores.astype(np.float64) + calibration.b
-    return (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)
+    return None if calibration is None else probabilities(scores, calibration.a, calibration.b)
 
 
 def _draw(table: Snapshot, count: int, rng: np.random.Generator) -> list[Any]:

@@ -1,4 +1,4 @@
-// The Python side of json_candidates.h and json_items.h. Ids leave as arrays, and where each list ends among them.
+// The Python side of json_candidates.h, arrow_candidates.h and json_items.h. Ids leave as arrays, or as their place.
 
 #include "bind_json.h"
 
@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "arrow_candidates.h"
 #include "json_candidates.h"
 #include "json_items.h"
 
@@ -86,6 +88,17 @@ std::optional<Texts> split_texts(const nb::bytes& body, int depth) {
     return Texts(nb::bytes(rest.data(), rest.size()), std::move(ends), give(std::move(starts)), give(std::move(sizes)));
 }
 
+using Found = std::tuple<size_t, size_t, size_t, size_t>;
+
+// Where the request lies in the stream and its octets, then the values and how many; nothing where it is not plain.
+std::optional<Found> find_arrow(const nb::bytes& stream) {
+    const auto* first = reinterpret_cast<const uint8_t*>(stream.c_str());
+    arrow::Candidates found;
+    if (!arrow::find_candidates(first, stream.size(), found)) return std::nullopt;
+    const auto place = [&](const arrow::Span& span) { return span.first ? size_t(span.first - first) : 0; };
+    return Found(place(found.request), found.request.size, place(found.values), found.values.size);
+}
+
 template <class T>
 using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -101,11 +114,23 @@ nb::bytes items_json(const Column<int64_t>& ids, const Column<float>& scores,
     return nb::bytes(text.data(), text.size());
 }
 
+// sigmoid(a s + b) of each score s in double, NaN of NaN.
+nb::ndarray<nb::numpy, float, nb::ndim<1>, nb::c_contig> probabilities(const Column<float>& scores, double a,
+                                                                       double b) {
+    auto* kept = new std::vector<float>(scores.shape(0));
+    nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
+    for (size_t i = 0; i < kept->size(); ++i)
+        (*kept)[i] = float(0.5 * (1 + std::tanh(0.5 * (a * double(scores.data()[i]) + b))));
+    return {kept->data(), {kept->size()}, owner};
+}
+
 }  // namespace
 
 void bind_json(nb::module_& m) {
     m.def("split_integers", &split_integers, "body"_a, "depth"_a);
     m.def("split_texts", &split_texts, "body"_a, "depth"_a);
+    m.def("probabilities", &probabilities, "scores"_a.noconvert(), "a"_a, "b"_a);
+    m.def("find_arrow", &find_arrow, "stream"_a);
     m.def("items_json", &items_json, "ids"_a.noconvert(), "scores"_a.noconvert(), "probabilities"_a.noconvert().none(),
           "positions"_a.noconvert().none());
 }

@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel import candidates
 from service import arrow
 from service.admission import Permit
 from service.answers import ARROW, Limits, answer_rank
 from service.errors import MalformedBody, RequestError, UnsupportedBody
-from service.ranker import Ranker
+from service.ranker import Ranker, Ranking
 from service.telemetry import StageClock
 from tests.services import Running, running_release
 from tests.tiny_releases import TinyRelease, tiny_release
@@ -130,6 +131,40 @@ def test_candidates_are_not_copied(ranker: Ranker) -> None:
     found: Any = arrow.read_request(ranker, body).candidates
     lies_at, whole = found.ctypes.data, np.frombuffer(body, np.uint8)
     assert whole.ctypes.data <= lies_at <= whole.ctypes.data + len(body) - found.nbytes
+
+
+@pytest.mark.skipif(candidates.native is None, reason="the extension was not built")
+def test_plain_streams_are_read_and_written_without_pyarrow(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = stream(pa.array([105, 100, 101]), request={"user_id": 4, "top_k": 2})
+    by_pyarrow = asked(ranker, body)
+    monkeypatch.setattr(arrow, "_write_any", None)
+    monkeypatch.setattr(arrow, "_open", None)
+    by_template = asked(ranker, body)
+    assert pa.ipc.open_stream(by_template).schema.equals(pa.ipc.open_stream(by_pyarrow).schema, check_metadata=False)
+    same(as_json(by_template), as_json(by_pyarrow))
+
+
+@pytest.mark.parametrize("known", [True, False, None])
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("kept", [1, 2, 3, 8])
+def test_a_template_says_what_pyarrow_writes(known: bool | None, calibrated: bool, kept: int) -> None:
+    scores = np.linspace(2, -1, kept, dtype=np.float32)
+    ranking = Ranking(
+        release="20260101T000000000-abc",
+        user_known=known,
+        candidates=12_345,
+        scored=12_345,
+        missing=np.empty(0, np.int64),
+        kept=np.arange(kept) - 2**62,
+        positions=np.arange(kept, dtype=np.int32),
+        scores=scores,
+        probabilities=scores / 4 if calibrated else None,
+        explanation=None,
+    )
+    found = arrow._write_plain(ranking)
+    assert found is not None
+    same(as_json(found), as_json(arrow._write_any(ranking, "int")))
+    pa.ipc.open_stream(found).read_all().validate(full=True)
 
 
 def test_the_columns_of_an_answer_have_the_documented_types(ranker: Ranker, texts: Ranker) -> None:

@@ -1,16 +1,17 @@
-"""The candidates of a body, taken out by the kernel: places, kinds of ids, and all that it leaves to a decoder."""
+"""The candidates of a body, taken out by the kernel: places, kinds of ids, and all that it leaves to decoders."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel import candidates
-from kernel.candidates import BATCH_DEPTH, RANK_DEPTH, split_candidates
+from kernel.candidates import BATCH_DEPTH, RANK_DEPTH, arrow_candidates, split_candidates
 
 needs_native = pytest.mark.skipif(candidates.native is None, reason="the extension was not built")
 
@@ -130,3 +131,67 @@ def test_only_the_wanted_depth_counts(body: bytes) -> None:
 def test_without_the_extension_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "native", None)
     assert split_candidates(b'{"candidates":[1]}', RANK_DEPTH, texts=False) is None
+
+
+# --- Arrow -----------------------------------------------------------------------------------------------------------
+
+STREAM = (
+    bytes.fromhex(  # a schema with `request` {"top_k":2}, a batch of 7, -8 and 9, and the end, as pyarrow writes it
+        """
+    ffffffffc00000001000000000000a000e000600050008000a000000000104001000000000000a000c000000040008000a00
+    00004000000004000000010000000c00000008000c00040008000800000018000000040000000b0000007b22746f705f6b22
+    3a327d000700000072657175657374000100000014000000100014000800060007000c000000100010000000000001021000
+    00002400000004000000000000000a00000063616e64696461746573000008000c0008000700080000000000000140000000
+    ffffffff8800000014000000000000000c0016000600050008000c000c000000000304001800000018000000000000000000
+    0a0018000c00040008000a0000003c0000001000000003000000000000000000000002000000000000000000000000000000
+    0000000000000000000000001800000000000000000000000100000003000000000000000000000000000000070000000000
+    0000f8ffffffffffffff0900000000000000ffffffff00000000
+    """
+    )
+)
+END = 8  # octets of the last message
+BODY = 24 + END
+
+
+@needs_native
+def test_a_plain_stream_is_read_where_it_lies() -> None:
+    for stream in (STREAM, STREAM[:-END]):
+        document, ids = arrow_candidates(stream) or (b"", np.empty(0))
+        assert (document, ids.tolist()) == (b'{"top_k":2}', [7, -8, 9])
+        assert not ids.flags.owndata
+
+
+@needs_native
+def test_a_stream_that_is_cut_or_goes_on_is_left_to_pyarrow() -> None:
+    whole = {len(STREAM), len(STREAM) - END}
+    assert [size for size in range(len(STREAM)) if size not in whole and arrow_candidates(STREAM[:size])] == []
+    assert arrow_candidates(STREAM + b"\0" * 8) is None
+    assert arrow_candidates(b"") is None
+
+
+@needs_native
+def test_no_damage_to_a_stream_leads_out_of_it() -> None:
+    """Every octet becomes every value: what is read still lies in the stream, and nothing else happens."""
+    for place in range(len(STREAM) - BODY):
+        for value in range(256):
+            damaged = STREAM[:place] + bytes([value]) + STREAM[place + 1 :]
+            found = arrow_candidates(damaged)
+            if found is not None:
+                assert len(found[0] or b"") <= len(STREAM)
+                assert len(found[1]) <= 3
+
+
+@needs_native
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(STREAM) - 4), st.integers(0, 2**32 - 1)), min_size=1, max_size=4))
+def test_nor_do_wild_offsets(writes: list[tuple[int, int]]) -> None:
+    damaged = bytearray(STREAM)
+    for place, value in writes:
+        damaged[place : place + 4] = value.to_bytes(4, "little")
+    found = arrow_candidates(bytes(damaged))
+    assert found is None or found[1].nbytes <= len(STREAM)
+
+
+def test_without_the_extension_no_stream_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "native", None)
+    assert arrow_candidates(STREAM) is None

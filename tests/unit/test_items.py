@@ -10,12 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from kernel import items
 from kernel.engine import native
 from kernel.items import items_json
 
-pytestmark = pytest.mark.skipif(native is None, reason="the extension was not built")
+needs_native = pytest.mark.skipif(native is None, reason="the extension was not built")
 
 
+@pytest.mark.parametrize("numpy", [False, True])
+@given(arrays(np.float32, st.integers(0, 20)), st.floats(-10, 10), st.floats(-10, 10))
+def test_probabilities_are_sigmoids(numpy: bool, scores: np.ndarray, a: float, b: float) -> None:
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        if numpy:
+            patch.setattr(items, "native", None)
+        found = items.probabilities(scores, a, b)
+        logits = a * scores.astype(np.float64) + b
+        expected = np.where(logits < 0, np.exp(logits) / (1 + np.exp(logits)), 1 / (1 + np.exp(-logits)))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
+
+
+@needs_native
 @given(arrays(np.float32, st.integers(0, 20)), st.booleans(), st.booleans())
 def test_every_number_reads_back(scores: np.ndarray, probable: bool, placed: bool) -> None:
     count = len(scores)
@@ -36,6 +51,7 @@ def test_every_number_reads_back(scores: np.ndarray, probable: bool, placed: boo
     assert [item.get("position") for item in found] == (positions.tolist() if placed else [None] * count)
 
 
+@needs_native
 def test_columns_of_other_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="differ in length"):
         items_json(np.arange(3), np.zeros(2, np.float32), None, None)

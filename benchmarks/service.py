@@ -2,8 +2,9 @@
 
 Closed loop: one connection, contestants take turns in rounds, so a slow minute of a shared machine hits all of them; a
 figure is the median over rounds, a ratio the median of ratios within a round. Open loop: requests leave at rising rates
-whether or not earlier ones were answered. Every request is another user with other candidates. Every contestant's
-answers are checked against a float64 reference first; a wrong one ends the benchmark with exit code 1.
+whether or not earlier ones were answered, and beside it stands what chance alone does to a server that is perfectly
+even. Every request is another user with other candidates. Every contestant's answers are checked against a float64
+reference first; a wrong one ends the benchmark with exit code 1.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.client import AnswerError, Timings
-from benchmarks.contestants import Contestant, Course
+import numpy as np
+
+from benchmarks.arrow import arrow_body
+from benchmarks.client import ARROW, JSON, AnswerError, Timings
+from benchmarks.contestants import Contestant, Course, Ranking
 from benchmarks.lineup import ENTRIES, Lineup, Options, start
 from benchmarks.made import SIZES
 from benchmarks.processes import end_in_order, on, pinning
@@ -44,7 +48,9 @@ COURSES = {
     "full": Course(lengths=(500, 2_000, 5_000), rounds=5, count=200, warm_up=20),
     "tiny": Course(lengths=(50, 200), rounds=2, count=20, warm_up=4),
 }
-OPEN_RUNS = 3  # of each rate
+OVER_RATES = ("ours", "ours-arrow", "plain", "plain-local")
+OPEN_RUNS, OPEN_LEAST = 3, 300  # of each rate, for RankTower; requests of one
+EQUAL = "equal server"
 SECONDS = {"full": 4.0, "tiny": 0.2}  # of one: less than the 5 s after which the server closes an idle connection
 CATALOGUES = {"full": (10_000, 100_000), "tiny": ()}  # measured beside the whole one, for the plot
 OVER_CATALOGUES = ("ours", "ours-cross", "plain-local", "empty")
@@ -86,7 +92,7 @@ def measure(lineup: Lineup, names: Sequence[str], seconds: float, report: Report
         report.rows += closed_rows(rounds, lineup.options.items)
         print_closed(report)
         if any(contestant.name == "ours" for contestant in contestants):
-            report.rows += open_rows(lineup, rounds, seconds)
+            report.rows += open_rows(contestants, rounds, seconds, lineup.options.items)
             print_open(report)
     report.bars += bars(rounds, report.rows, max(lineup.course.lengths))
     print()
@@ -160,30 +166,52 @@ def _stages(timings: Sequence[Timings]) -> dict[str, float]:
 # --- open loop -------------------------------------------------------------------------------------------------------
 
 
-def open_rows(lineup: Lineup, rounds: Rounds, seconds: float) -> list[dict[str, Any]]:
-    """RankTower at rising rates with Poisson arrivals, and once with even ones, at the longest candidate lists."""
-    length, made = max(lineup.course.lengths), lineup.made()
-    capacity = 1e6 / median(_round_medians(rounds["ours", length]))  # of one connection: its round trips end to end
-    url = f"http://{HOST}:{lineup.our_port(made)}"
-    bodies = lineup.bodies(made)[length]
-    same = {"kind": "open", "contestant": "ours", "items": lineup.options.items, "candidates": length}
-    arrivals: list[tuple[float, Arrivals]] = [*((share, "poisson") for share in SHARES), (0.5, "even")]
+def open_rows(contestants: Sequence[Contestant], rounds: Rounds, seconds: float, items: int) -> list[dict[str, Any]]:
+    """Poisson arrivals at rising rates at the longest lists, each contestant at shares of its own capacity; RankTower
+    once with even arrivals, too, and beside it a server that takes equally long for every request."""
     rows = []
-    for share, kind in arrivals:
-        schedules = [
-            Schedule(rate=share * capacity, seconds=seconds, arrivals=kind, seed=number) for number in range(OPEN_RUNS)
-        ]
-        runs = [_open_run(url, bodies, schedule) for schedule in schedules]
-        rows.append({**same, "arrivals": kind, "share": share, "runs": OPEN_RUNS, **_middle(runs)})
+    for contestant in contestants:
+        if contestant.name not in OVER_RATES or not isinstance(contestant, Ranking):
+            continue
+        name, length = contestant.name, max(contestant.bodies)
+        ours, arrow = name == "ours", name == "ours-arrow"
+        capacity = 1e6 / median(_round_medians(rounds[name, length]))  # of one connection: its round trips end to end
+        bodies = [arrow_body(body) for body in contestant.bodies[length]] if arrow else contestant.bodies[length]
+        same = {"kind": "open", "contestant": name, "items": items, "candidates": length}
+        arrivals: list[tuple[float, Arrivals]] = [(share, "poisson") for share in SHARES]
+        for share, kind in [*arrivals, (0.5, "even")] if ours else arrivals:
+            rate, count = share * capacity, OPEN_RUNS if ours else 1
+            long_s = max(seconds, OPEN_LEAST / rate) if seconds >= 1 else seconds
+            schedules = [Schedule(rate=rate, seconds=long_s, arrivals=kind, seed=number) for number in range(count)]
+            url, media_type = f"http://{HOST}:{contestant.port}", ARROW if arrow else JSON
+            runs = [_open_run(url, bodies, schedule, media_type) for schedule in schedules]
+            rows.append({**same, "arrivals": kind, "share": share, "runs": count, **_middle(runs)})
+        if ours:
+            rows += [{**same, "contestant": EQUAL, **equal_server(share, capacity)} for share in SHARES]
     return rows
 
 
-def _open_run(url: str, bodies: Sequence[bytes], schedule: Schedule) -> dict[str, float]:
+def equal_server(share: float, capacity: float, requests: int = 200_000) -> dict[str, Any]:
+    """Percentiles behind one server that takes exactly 1/capacity for each request: computed, nothing is measured.
+
+    A request waits for what is left of the one before it: w' = max(w + 1 - gap, 0), in units of a request.
+    """
+    gaps = np.random.default_rng(7).exponential(1 / share, requests)
+    walk = np.cumsum(1 - gaps)
+    waits = walk - np.minimum(np.minimum.accumulate(walk), 0)
+    p50, p99 = (float(quantile) * 1e6 / capacity for quantile in np.quantile(waits + 1, (0.5, 0.99)))
+    rate = share * capacity
+    same = {"arrivals": "poisson", "share": share, "runs": 0, "target_rate": rate, "achieved_rate": rate}
+    return {**same, "requests": requests, "p50_us": p50, "p99_us": p99, "send_lag_p99_us": 0.0, "valid": True}
+
+
+def _open_run(url: str, bodies: Sequence[bytes], schedule: Schedule, media_type: str) -> dict[str, float]:
     """The figures of one run. Raises AnswerError when a request failed."""
-    found = run_open_loop(url, bodies, schedule, release="", limits=Limits(connections=32))
+    limits = Limits(connections=32)
+    found = run_open_loop(url, bodies, schedule, release="", limits=limits, media_type=media_type)
     whole, lag = found.row("rank"), found.row("send lag")
     if whole is None or lag is None or whole.failures:
-        raise AnswerError(f"ours fails at {schedule.rate:.0f} requests/s: {dict(found.failures)}")
+        raise AnswerError(f"{url} fails at {schedule.rate:.0f} requests/s: {dict(found.failures)}")
     return {
         "target_rate": found.target_rate,
         "achieved_rate": found.achieved_rate,
@@ -224,9 +252,13 @@ def bars(rounds: Rounds, rows: Sequence[Any], length: int) -> list[Bar]:
 
 
 def _tail(rows: Sequence[Any]) -> float | None:
-    """p99 / p50 of the valid open-loop run at half of capacity."""
+    """p99 / p50 of RankTower's valid open-loop run at half of capacity."""
     for row in rows:
-        if row["kind"] == "open" and (row["share"], row["arrivals"], row["valid"]) == (0.5, "poisson", True):
+        if (
+            row["kind"] == "open"
+            and row["contestant"] == "ours"
+            and (row["share"], row["arrivals"], row["valid"]) == (0.5, "poisson", True)
+        ):
             return float(row["p99_us"] / row["p50_us"])
     return None
 
@@ -234,7 +266,18 @@ def _tail(rows: Sequence[Any]) -> float | None:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 CLOSED_HEADS = ("closed loop", "candidates", "p50 us", "p99 us", "p50 over rounds", "what it is")
-OPEN_HEADS = ("open loop", "arrivals", "wanted/s", "achieved/s", "p50 us", "p99 us", "p99/p50", "lag p99 us", "")
+OPEN_HEADS = (
+    "open loop",
+    "share of capacity",
+    "arrivals",
+    "wanted/s",
+    "achieved/s",
+    "p50 us",
+    "p99 us",
+    "p99/p50",
+    "lag p99 us",
+    "",
+)
 
 
 def closed_cells(rows: Sequence[Any]) -> list[list[Any]]:
@@ -273,7 +316,8 @@ def open_cells(rows: Sequence[Any]) -> list[list[Any]]:
     """Cells of the open loop."""
     return [
         [
-            f"{row['share']:.0%} of capacity",
+            row["contestant"],
+            f"{row['share']:.0%}",
             row["arrivals"],
             row["target_rate"],
             row["achieved_rate"],

@@ -21,8 +21,9 @@ import msgspec
 
 from cache.durable import is_held, replace_file
 from cache.errors import Awaited, StoreError, disk_error
-from cache.release import BUNDLE, Progress, no_progress
+from cache.release import BUNDLE, ITEMS, Progress, no_progress
 from cache.retry import STORE_PAUSE_S, Retry
+from cache.snapshot import Snapshot
 from cache.store import Names, ReadableStore
 from model.errors import RankTowerError
 
@@ -83,8 +84,11 @@ def read_view(folder: Path) -> View | None:
 class Mirror:
     """Keeps here what the store names, and tells readers in the view. Goes on from the view that it finds."""
 
-    def __init__(self, store: ReadableStore, cache_dir: Path, folder: Path, *, refresh_s: float = 1.0) -> None:
+    def __init__(
+        self, store: ReadableStore, cache_dir: Path, folder: Path, *, refresh_s: float = 1.0, huge_pages: bool = False
+    ) -> None:
         self._store, self._cache_dir, self._folder, self._refresh_s = store, cache_dir, folder, refresh_s
+        self._huge_pages = huge_pages
         self._seen: str | None = None
         self._retries: dict[str, Retry] = {}  # by what is fetched: "release", or the specification of a user table
         self._told_s = 0.0
@@ -141,6 +145,8 @@ class Mirror:
         here = self.view.releases.get(release_id)
         if here is None or not Path(here.folder).is_dir():
             folder = self._store.fetch(release_id, self._cache_dir, self._progress).absolute()
+            if self._huge_pages:  # before a worker has mapped it in small ones
+                Snapshot.open(folder / ITEMS).settle()
             here = LocalRelease(folder=str(folder), spec_id=_spec_id(folder))
         elif release_id == next(iter(self.view.releases)):
             return

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from cache.durable import rename_durably
 from cache.errors import SnapshotError
+from cache.pages import read_into_huge_pages
 from kernel.engine import Index, Table, build_index, hash_texts, open_index, open_table, pack
 from kernel.errors import KernelError, RecordError
 from kernel.head import HeadSpec
@@ -242,6 +243,10 @@ class Snapshot:
         texts = np.empty(len(wanted), object)
         texts[:] = [bytes(self._text[a:b]).decode() for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
         return texts
+
+    def settle(self) -> float:
+        """Have the whole file in memory, in huge pages where the system has them for files; returns their share."""
+        return read_into_huge_pages(self.path, self._mapped)
 
     def verify(self) -> None:
         """Read the whole file; raise SnapshotError naming the first piece that is not as it was written."""

@@ -178,6 +178,8 @@ class _NumpyFinder:
     def __init__(self, index: Index) -> None:
         if int(index.buckets[:, 2 * reference.ENTRIES : reference.SPILLED].max(initial=0)) > index.count:
             raise KernelError(f"the index cannot be opened (a bucket names a row beyond {index.count})")
+        if reference.has_twins(index.buckets):
+            raise KernelError("the index cannot be opened (a bucket holds a key twice)")
         if index.buckets[:, reference.SPILLED].all():
             raise KernelError("the index cannot be opened (every bucket has spilled: a search would not end)")
         self.index = index

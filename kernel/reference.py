@@ -7,8 +7,8 @@ Scores. With user heads u_p (Hu, d), item heads v_q (Hi, d), temperature tau = 1
                       E_u' = E_u + G_u * (P V_i)             E_i' = E_i + G_i * (R^T V_u)
                       s  = scale * sum_p max_q cos(E_u'_p, E_i'_q) + b,    cos divides by max(norm, 1e-6)
 
-Index. Buckets of 16 words of 32 bits: five keys of two words, five rows + 1 (0 is empty), 1 if an entry that belongs
-here had to go on to the next bucket. A key belongs to bucket (mix(key) >> 32) * buckets >> 32, mix being the finaliser
+Index. Buckets of 16 words of 32 bits: five keys of two words, five rows + 1 (0 is empty), 1 if an entry had to go on
+from here to the next bucket. A key belongs to bucket (mix(key) >> 32) * buckets >> 32, mix being the finaliser
 of splitmix64.
 """
 
@@ -131,11 +131,10 @@ def _normalise(x: Floats) -> Floats:
 def top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.int32]:
     """Positions of the k highest scores, best first; ties keep the lower position first; k is clamped."""
     k = min(max(k, 0), len(scores))
-    scores = np.where(np.isnan(scores), np.float32(-np.inf), scores)  # last, as in the native kernel
     if k == 0:
         return np.empty(0, np.int32)
-    if k == len(scores):
-        return np.argsort(-scores, kind="stable").astype(np.int32)
+    if k == len(scores) or np.isnan(scores).any():  # NaN is last, which argsort keeps to
+        return np.argsort(-scores, kind="stable").astype(np.int32)[:k]
     threshold = np.partition(scores, len(scores) - k)[len(scores) - k]  # the k-th highest
     above = np.flatnonzero(scores > threshold)
     level = np.flatnonzero(scores == threshold)[: k - len(above)]
@@ -192,6 +191,13 @@ def build_index(keys: NDArray[np.uint64]) -> NDArray[np.uint32]:
         buckets[place[waiting], SPILLED] = 1
         place[waiting] = (place[waiting] + 1) % len(buckets)
     return buckets
+
+
+def has_twins(buckets: NDArray[np.uint32]) -> bool:
+    """Whether a bucket holds a key twice: a search would make a third row of the two."""
+    entries, used = buckets[:, : 2 * ENTRIES].view("<u8"), buckets[:, 2 * ENTRIES : SPILLED] > 0
+    pairs = ((one, other) for other in range(ENTRIES) for one in range(other))
+    return any(bool((used[:, a] & used[:, b] & (entries[:, a] == entries[:, b])).any()) for a, b in pairs)
 
 
 def lookup(buckets: NDArray[np.uint32], wanted: NDArray[np.uint64]) -> NDArray[np.int32]:

@@ -51,10 +51,10 @@ class Connection:
         self._writer.close()
 
 
-def request_bytes(host: str, port: int, path: str, body: bytes) -> bytes:
+def request_bytes(host: str, port: int, path: str, body: bytes, media_type: str = "application/json") -> bytes:
     """A whole POST request."""
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: {media_type}\r\n"
         f"Accept-Encoding: identity\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode("ascii") + body

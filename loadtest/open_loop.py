@@ -26,6 +26,7 @@ from loadtest.report import Report, row_of_times, stage_rows, stage_times
 
 TOLERANCE = 0.02  # of the target rate; a run further below it is invalid
 MESSAGE_CHARS = 200
+JSON = "application/json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +100,12 @@ class _Pool:
 class OpenLoop:
     """One run against one service."""
 
-    def __init__(self, url: str, bodies: Sequence[bytes], schedule: Schedule, limits: Limits) -> None:
+    def __init__(
+        self, url: str, bodies: Sequence[bytes], schedule: Schedule, limits: Limits, media_type: str = JSON
+    ) -> None:
         host, port = _address(url)
         self._url = url
-        self._requests = [request_bytes(host, port, "/v1/rank", body) for body in bodies]
+        self._requests = [request_bytes(host, port, "/v1/rank", body, media_type) for body in bodies]
         self._schedule = schedule
         self._limits = limits
         self._pool = _Pool(host, port, limits.connections)
@@ -192,11 +195,12 @@ def run_open_loop(
     *,
     release: str,
     limits: Limits | None = None,
+    media_type: str = JSON,
     on_time: Callable[[float], None] = lambda _: None,
 ) -> Report:
     """Run in an event loop of its own. Its selector is select(), whose timeouts are exact to microseconds: epoll
     rounds each up to a millisecond, which would be added to every latency."""
-    run = OpenLoop(url, bodies, schedule, limits or Limits())
+    run = OpenLoop(url, bodies, schedule, limits or Limits(), media_type)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         return runner.run(run.run(release, on_time))
 

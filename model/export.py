@@ -54,10 +54,11 @@ def export_bundle(run: Path, out: Path) -> str:
     """
     network, spec, config = load_checkpoint(run)
     network = network.cpu().float().eval()
+    served = fused(network)
     metrics = read_json(run / "metrics.json")
     with replacing_folder(out, "manifest.json") as folder:
         for tower in ("user", "item"):
-            write_graph(network, tower, width(spec, tower), folder / f"{tower}.onnx")
+            write_graph(served, tower, width(spec, tower), folder / f"{tower}.onnx")
         head: HeadSpec = network.head()
         probe = make_probe(network, spec, head, folder)
         save_file(probe, folder / "probe.safetensors")
@@ -80,7 +81,7 @@ def write_graph(network: Network, tower: TowerName, columns: int, path: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter deprecates its own internals
         program = torch.onnx.export(
-            _Graph(fused(network), tower).eval(),
+            _Graph(network, tower).eval(),
             (example,),
             input_names=[INPUT],
             output_names=[OUTPUT],

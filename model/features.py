@@ -185,7 +185,12 @@ class FeatureSpec:
                 codes += absent
             elif is_list:
                 kept = code.many(name, value, len(absent), keep_last)
-                codes += absent[len(kept) :] + tuple(kept) if keep_last else (*kept, *absent[len(kept) :])
+                padding = absent[len(kept) :]
+                if keep_last:
+                    codes += padding
+                codes += kept
+                if not keep_last:
+                    codes += padding
             else:
                 codes.append(code.one(value))
         return np.array(codes, np.int32)
@@ -225,7 +230,8 @@ class FeatureSpec:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FeatureSpec:
         if value.get("format") != FORMAT:
-            raise SpecError(f"feature specification has format {value.get('format')}, this version reads {FORMAT}")
+            found = value.get("format")
+            raise SpecError(f"feature specification has format {found}, this version reads {FORMAT}: train again")
         fields = tuple(
             Field(**{**field, "vocabulary": tuple(field["vocabulary"]), "edges": tuple(field["edges"])})
             for field in value["fields"]

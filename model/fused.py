@@ -195,7 +195,7 @@ class FusedCross(nn.Module):
 
     def __init__(self, plain: GatedCrossAttention) -> None:
         super().__init__()
-        self.item = plain.item
+        self.plain = plain
         parts = [cast(nn.Linear, part) for part in plain.user_parts]
         self.weight = nn.Parameter(torch.stack([part.weight.detach().T for part in parts]))  # (4, d, d): V G A B
         self.bias = nn.Parameter(parts[1].bias.detach().clone())
@@ -204,3 +204,6 @@ class FusedCross(nn.Module):
         e = wide(e).unsqueeze(1)
         v, g, looks = torch.split(e @ self.weight, [1, 1, 2], dim=1)
         return torch.cat([e, v, (g + self.bias).sigmoid(), looks], dim=1).flatten(1)
+
+    def item(self, e: Tensor) -> Tensor:
+        return self.plain.item(e)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import import_module
-from time import monotonic, perf_counter, perf_counter_ns
+from time import monotonic, perf_counter_ns
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from model.errors import RankTowerError
 from service import problems
 from service.admission import Admission, Permit
 from service.answers import JSON, Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
-from service.at_once import BATCH, RANK, STATE, AtOnce
+from service.at_once import ARRIVED, BATCH, RANK, STATE, AtOnce
 from service.errors import BodyTooLarge
 from service.media import ARROW_ROOM, check_encoding, form_of, is_loaded, spoken
 from service.openapi import TITLE, VERSION, describe, documented
@@ -66,6 +66,7 @@ class Service:
             retrieval=settings.retrieval,
             user_cache=self._user_cache(),
             refresh_s=settings.refresh_s,
+            huge_pages=settings.huge_pages,
             on_swap=self._announce,
             on_failure=self.telemetry.refresh_failures.inc,
             on_wait=self._tell_waiting,
@@ -101,7 +102,7 @@ class Service:
 
     async def answer(self, request: Request, answerer: Answerer) -> Response:
         """Read the body, wait for a permit, answer on the event loop or, where that takes long, in the pool."""
-        arrived_ns = perf_counter_ns()
+        arrived_ns = _arrived_ns(request.scope)
         self.admission.check_room()
         content_type, accept = (request.headers.get(name, "") for name in ("content-type", "accept"))
         form = form_of(content_type, answerer)
@@ -249,6 +250,11 @@ def _too_large(size: str, limit_bytes: int) -> BodyTooLarge:
     )
 
 
+def _arrived_ns(scope: Scope) -> int:
+    """When a request came (perf_counter_ns): now, unless it comes from the short way."""
+    return int(scope.get("state", {}).get(ARRIVED, 0)) or perf_counter_ns()
+
+
 class Observed:
     """Count and time every answer, by the route's template: an unknown path is one label, whatever it was."""
 
@@ -258,7 +264,7 @@ class Observed:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        start, status = perf_counter(), 500
+        arrived_ns, status = _arrived_ns(scope), 500
 
         async def watch(message: Message) -> None:
             nonlocal status
@@ -270,11 +276,15 @@ class Observed:
             await self.app(scope, receive, watch)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self.telemetry.observe_answer(route, status, perf_counter() - start)
+            self.telemetry.observe_answer(route, status, (perf_counter_ns() - arrived_ns) / 1e9)
 
 
 def create_app(settings: Settings, store: ReadableStore | None = None) -> FastAPI:
-    """The application over the store that the settings name, or over the given one."""
+    """The application over the store that the settings name, or over the given one.
+
+    Under `ranktower serve` plain rankings go past it (`at_once`): what must see every request, such as a check of who
+    asks, belongs in front of the service, not in a middleware here.
+    """
     log.info("kernel level %s", settings.choose_kernel())
     service = Service(settings, store or open_store(settings.store))
 

@@ -273,9 +273,7 @@ def _write_plain(ranking: Ranking) -> bytes | None:
     if ranking.probabilities is not None:
         columns.insert(2, ranking.probabilities)
     parts = [said.get(part, part) for part in found]
-    for column in columns:
-        parts += (column.tobytes(), bytes(-column.nbytes % ALIGNED))
-    return b"".join([*parts, END])
+    return b"".join([*parts, *map(_padded, columns), END])
 
 
 @lru_cache(maxsize=256)
@@ -285,13 +283,18 @@ def _template(release: str, rows: int, calibrated: bool) -> tuple[bytes, ...] | 
     None where pyarrow does not write what `_write_plain` expects.
     """
     kinds = {"id": np.int64, "score": np.float32, "probability": np.float32, "position": np.int32}
-    values = {name: np.zeros(rows, kind) for name, kind in kinds.items() if calibrated or name != "probability"}
+    seen = np.arange(1, rows + 1)  # any values, to be found again
+    values = {name: seen.astype(kind) for name, kind in kinds.items() if calibrated or name != "probability"}
     metadata = {"release": orjson.dumps(release), "user_known": KNOWN, "missing": b"[]", "counts": COUNTS}
     stream = _stream_of({name: pa.array(column) for name, column in values.items()}, metadata)
-    octets = sum(column.nbytes + -column.nbytes % ALIGNED for column in values.values())
-    head, rest = stream[: -octets - len(END)], stream[-octets - len(END) :]
+    rest = b"".join(_padded(column) for column in values.values()) + END
+    head = stream[: -len(rest)]
     parts = re.split(b"(%s|%s)" % (re.escape(KNOWN), re.escape(COUNTS)), head)
-    return tuple(parts) if rest == bytes(octets) + END and {*parts[1::2]} == {KNOWN, COUNTS} else None
+    return tuple(parts) if stream.endswith(rest) and parts[1::2] in ([KNOWN, COUNTS], [COUNTS, KNOWN]) else None
+
+
+def _padded(column: NDArray[Any]) -> bytes:
+    return column.tobytes() + bytes(-column.nbytes % ALIGNED)
 
 
 def _floats(values: NDArray[np.float32]) -> pa.Array:

@@ -10,6 +10,7 @@ alone. Middleware of the application does not see the short way.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from model.errors import RankTowerError
 from service.admission import Permit
 from service.answers import Answer, Answerer, answer_batch, answer_rank
 from service.errors import ServiceError
@@ -30,7 +32,12 @@ if TYPE_CHECKING:
 RANK, BATCH = "/v1/rank", "/v1/rank:batch"
 ANSWERERS: dict[bytes, Answerer] = {RANK.encode(): answer_rank, BATCH.encode(): answer_batch}
 STATE = "at_once"  # the key under which the application hands its queue to the server
+ARRIVED = "arrived_ns"  # the key of a scope's state under which a request that went round says since when it is here
+LONGEST_TYPES = 256  # octets of Content-Type and Accept that are kept in mind
 UNUSUAL = frozenset({b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"})
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -42,6 +49,7 @@ class Asked:
     form: str  # of the body
     arrived_ns: int
     parts: list[bytes] = field(default_factory=list)
+    queued: bool = False
     whole: bool = False
     clock: StageClock = field(default_factory=StageClock)
 
@@ -68,10 +76,12 @@ class AtOnce:
         size = found.get(b"content-length", b"")
         if len(found) != len(headers) or not UNUSUAL.isdisjoint(found):
             return None
-        if not size.isdigit() or int(size[:20]) > self._service.settings.max_body_bytes:
+        if not size.isdigit() or len(size) > 18 or int(size) > self._service.settings.max_body_bytes:
             return None
         content_type, accept = (found.get(name, b"").decode("latin-1") for name in (b"content-type", b"accept"))
-        way = _way(path, content_type, accept) if is_loaded(content_type, accept) else None
+        if len(content_type) + len(accept) > LONGEST_TYPES or not is_loaded(content_type, accept):
+            return None
+        way = _way(path, content_type, accept)
         return None if way is None else Asked(path.decode(), *way, perf_counter_ns())
 
     def wait(self, protocol: RankProtocol, asked: Asked) -> None:
@@ -80,18 +90,25 @@ class AtOnce:
             protocol.go_round()
             return
         asked.clock = StageClock()
+        asked.queued = True
         self._service.admission.waiting += 1
         self._queue.append((protocol, asked))
         if len(self._queue) == 1:
             self._loop.call_soon(self._turn)
 
+    def forget(self, asked: Asked) -> None:
+        """Its caller is gone, or it went round: it waits here no longer. Its turn of the loop passes unused."""
+        if asked.queued:
+            asked.queued = False
+            self._service.admission.waiting -= 1
+
     def _turn(self) -> None:
         protocol, asked = self._queue.popleft()
-        self._service.admission.waiting -= 1
         if self._queue:
             self._loop.call_soon(self._turn)
-        if protocol.asked is not asked:  # its caller is gone, or it went round
+        if not asked.queued:
             return
+        self.forget(asked)
         answer = self._answer(asked)
         if answer is None:
             protocol.go_round()
@@ -102,18 +119,19 @@ class AtOnce:
 
     def _answer(self, asked: Asked) -> Answer | None:
         """None where it must wait for its turn, would hold up the loop, or is wrong."""
-        service, body = self._service, asked.body
+        service, answerer, body = self._service, asked.answerer, asked.body
         ranker = service.refresher.standing.ranker
-        if (
-            ranker is None
-            or service.admission.is_full
-            or not service.is_quick(ranker, asked.answerer, body, asked.form)
-        ):
+        if ranker is None or service.admission.is_full:
             return None
-        asked.clock.lap("queue")
         try:
-            return asked.answerer(Permit(asked.arrived_ns), ranker, body, service.limits, asked.clock)
-        except Exception:  # whatever it is comes up again on the ordinary way, which says what it is
+            if not service.is_quick(ranker, answerer, body, asked.form):
+                return None
+            asked.clock.lap("queue")
+            return answerer(Permit(asked.arrived_ns), ranker, body, service.limits, asked.clock)
+        except RankTowerError:  # comes up again on the ordinary way, which answers with it
+            return None
+        except Exception:
+            log.exception("a request failed on the short way and goes the ordinary one")
             return None
 
 
@@ -182,12 +200,12 @@ class RankProtocol(HttpToolsProtocol):
         super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.asked = None
+        self._forget()
         super().connection_lost(exc)
 
     def reply(self, answer: Answer, clock: StageClock) -> None:
         """Send the answer, in one write, and be ready for the next request."""
-        self.asked = None
+        self._forget()
         lines = [b"HTTP/1.1 200 OK\r\n", *(b"%s: %s\r\n" % header for header in self.server_state.default_headers)]
         lines.append(
             b"content-length: %d\r\ncontent-type: %s\r\nserver-timing: %s\r\nx-ranktower-release: %s\r\n\r\n"
@@ -198,9 +216,10 @@ class RankProtocol(HttpToolsProtocol):
 
     def go_round(self) -> None:
         """Send the request, as far as it has come, the ordinary way."""
-        asked, self.asked = self.asked, None
+        asked = self._forget()
         if asked is None or self.transport.is_closing():
             return
+        self.scope["state"][ARRIVED] = asked.arrived_ns  # deadlines count from then
         parser, self.parser = self.parser, _Plain()  # type: ignore[assignment]
         try:
             super().on_headers_complete()
@@ -210,6 +229,12 @@ class RankProtocol(HttpToolsProtocol):
                 super().on_message_complete()
         finally:
             self.parser = parser
+
+    def _forget(self) -> Asked | None:
+        asked, self.asked = self.asked, None
+        if asked is not None and self._at_once is not None:
+            self._at_once.forget(asked)
+        return asked
 
     def _is_plain(self) -> bool:
         parser = self.parser

@@ -53,6 +53,7 @@ def serve(
     pool_threads: Annotated[int | None, typer.Option(help="Threads for large requests.")] = None,
     inline_ms: Annotated[float | None, typer.Option(help="Estimated work up to which the event loop does it.")] = None,
     user_cache: Annotated[int | None, typer.Option(help="Outputs of the user tower to keep; 0 for none.")] = None,
+    huge_pages: Annotated[bool | None, typer.Option(help="Read items into huge pages where there are some.")] = None,
     refresh_s: Annotated[float | None, typer.Option(help="Longest time between two looks at the store.")] = None,
     drain_s: Annotated[float | None, typer.Option(help="After SIGTERM, unready but answering for so long.")] = None,
     kernel: Annotated[str | None, typer.Option(help="auto, avx512-vnni, avx512, avx2, portable or numpy.")] = None,

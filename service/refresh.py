@@ -53,12 +53,14 @@ class Refresher:
         retrieval: bool = False,
         user_cache: UserCache | None = None,
         refresh_s: float = 1.0,
+        huge_pages: bool = False,
         on_swap: Callable[[Ranker], None] = lambda ranker: None,
         on_failure: Callable[[], None] = lambda: None,
         on_wait: Callable[[str], None] = lambda why: None,  # once, after the first look at the store
         contact: Callable[[], float] = monotonic,  # when the store answered last, asked after it has
     ) -> None:
         self._store, self._cache_dir, self._retrieval, self._refresh_s = store, cache_dir, retrieval, refresh_s
+        self._huge_pages = huge_pages
         self._user_cache = user_cache
         self._on_swap, self._on_failure, self._on_wait, self._contact = on_swap, on_failure, on_wait, contact
         self._stopping = threading.Event()
@@ -185,6 +187,8 @@ class Refresher:
             folder = self._store.fetch(release_id, self._cache_dir)
             ranker = Ranker.open(folder, retrieval=self._retrieval, user_cache=self._user_cache)
             ranker.check()
+            if self._huge_pages:
+                log.debug("%.0f %% of the items are in huge pages", 100 * ranker.items.settle())
             # what serves stays until the next one comes: a rollback finds it here
             self._store.drop_cached(self._cache_dir, {release_id} | ({serving.release} if serving else set()))
             self._swap(ranker, self._store.users_version(ranker.spec.id))

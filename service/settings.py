@@ -60,6 +60,9 @@ class Settings(KernelSettings):
         default=2.0, ge=0, description="Estimated work up to which a request runs on the event loop."
     )
     user_cache: int = Field(default=0, ge=0, description="Outputs of the user tower to keep, by worker; 0 for none.")
+    huge_pages: bool = Field(
+        default=True, description="Read items into huge pages where the system has them for files."
+    )
     refresh_s: float = Field(default=1.0, gt=0, description="Longest time between two looks at the store.")
     drain_s: float = Field(default=1.0, ge=0, description="After SIGTERM, unready but answering for so long.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least that is logged.")

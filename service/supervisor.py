@@ -56,7 +56,13 @@ class Refreshing:
         settings = self.settings
         with holding(self.mirror):
             store = open_store(settings.store)
-            Mirror(store, settings.cache_dir, self.mirror, refresh_s=settings.refresh_s).run()
+            Mirror(
+                store,
+                settings.cache_dir,
+                self.mirror,
+                refresh_s=settings.refresh_s,
+                huge_pages=settings.huge_pages,
+            ).run()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

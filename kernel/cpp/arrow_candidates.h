@@ -100,7 +100,7 @@ inline bool next(Span& rest, Span& header, Span& body, bool& at_end) {
     const Flat flat(header);
     const int64_t octets = flat.value<int64_t>(flat.target(0), 3, 0);
     const size_t left = rest.size - 8 - size;
-    if (octets < 0 || uint64_t(octets) > left) return false;
+    if (octets < 0 || octets % 8 || uint64_t(octets) > left) return false;  // all that follows stays aligned
     body = {header.first + size, size_t(octets)};
     rest = {body.first + body.size, left - body.size};
     return true;
@@ -152,7 +152,7 @@ inline bool read_batch(Span header, Span body, Span& values) {
 inline bool find_candidates(const uint8_t* stream, size_t size, Candidates& found) {
     Span rest{stream, size}, header, body;
     bool at_end = false;
-    if (!next(rest, header, body, at_end) || !read_schema(header, found.request)) return false;
+    if (!next(rest, header, body, at_end) || body.size || !read_schema(header, found.request)) return false;
     if (!next(rest, header, body, at_end) || !read_batch(header, body, found.values)) return false;
     return rest.size == 0 || (!next(rest, header, body, at_end) && at_end && rest.size == 8);
 }

@@ -33,8 +33,6 @@ template <class T>
 using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Writable = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Words = Matrix<uint32_t>;  // (buckets, 16)
 template <class T>
@@ -201,10 +199,16 @@ class Ids {
         bool ends = false;
         for (size_t i = 0; i < index_.size; ++i) {
             ends |= !index_.buckets[i].spilled;
-            for (const uint32_t row : index_.buckets[i].rows)
+            const Bucket& bucket = index_.buckets[i];
+            for (size_t entry = 0; entry < Bucket::entries; ++entry) {
+                const uint32_t row = bucket.rows[entry];
                 if (row > index_.count)
                     refuse("bucket " + std::to_string(i) + " names row " + std::to_string(row) + " of " +
                            std::to_string(index_.count));
+                for (size_t other = 0; row && other < entry; ++other)  // a search would make a third row of the two
+                    if (bucket.rows[other] && bucket.keys[other] == bucket.keys[entry])
+                        refuse("bucket " + std::to_string(i) + " holds a key twice");
+            }
         }
         if (!ends) refuse("every bucket has spilled: a search for an unknown id would not end");
         for (size_t i = 0; index_.offsets && i < index_.count; ++i)

@@ -1,6 +1,6 @@
 // Ids to rows: buckets of one cache line, five entries each, about half full.
 //
-//   bucket   64 octets: five keys u64, five rows + 1 u32 (0 is empty), u32 1 if an entry that belongs here had to go on
+//   bucket   64 octets: five keys u64, five rows + 1 u32 (0 is empty), u32 1 if an entry had to go on from here
 //   key      the int64 id, or the salted hash of a text
 //   an entry belongs to bucket (mix(key) >> 32) * buckets >> 32, and goes on to the next while there is no room; mix is
 //   the finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA 2014)

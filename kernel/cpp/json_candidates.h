@@ -115,6 +115,8 @@ inline uint64_t digits_before(const char* stop, size_t count) {
     return (both & 0xffffffff) * 100000000 + (both >> 32);
 }
 
+static_assert(key_size + 5 >= 15, "digits_before() reads 16 octets that end in a list which `{\"key\":[` precedes");
+
 // Reads integers of 1 to 16 digits, the comma behind each and a blank behind that, as far as there is nothing else;
 // returns where that ends. At least 15 octets are before p. Commas are found in blocks, ahead of the values, so that no
 // integer waits for the end of the one before it.
@@ -157,7 +159,7 @@ inline const char* read_integer(const char* p, const char* end, int64_t& value) 
     return p;
 }
 
-// `p` is at the bracket that opens. put(int64) for each; returns the end of the array, null to refuse it.
+// `p` is at the bracket that opens, behind a key and so behind 14 octets at least. put(int64) for each; returns the end of the array, null to refuse it.
 template <class Put>
 const char* read_integers(const char* p, const char* end, Put put) {
     p = skip_space(p + 1, end);

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.made import SIZES, Made, Plan, make
 from benchmarks.processes import HOST, free_port, python, server
 from benchmarks.report import Bar, Report, median_ratio, quantile, read, table
 from benchmarks.rivals import plain
+from benchmarks.service import equal_server
 from benchmarks.svg import chart
 from benchmarks.traffic import bodies
 from kernel.reference import score
@@ -77,12 +79,25 @@ def test_the_service_is_measured_beside_its_rivals(service_run: str, folder: Pat
     assert all(0 < row["p50_us"] <= row["p99_us"] for row in closed)
     stages = {row["stage"] for row in found["rows"] if row["kind"] == "stage" and row["contestant"] == "ours"}
     assert {"decode", "encode", "user", "score", "topk", "respond"} <= stages
-    shares = [row["share"] for row in found["rows"] if row["kind"] == "open"]
-    assert shares == [0.25, 0.5, 0.75, 0.9, 0.5]
+    shares = defaultdict(list)
+    for row in found["rows"]:
+        if row["kind"] == "open":
+            shares[row["contestant"]].append(row["share"])
+    assert shares.pop("ours") == [0.25, 0.5, 0.75, 0.9, 0.5]
+    assert set(shares) == (present & {"ours-arrow", "plain", "plain-local"}) | {"equal server"}
+    assert all(of == [0.25, 0.5, 0.75, 0.9] for of in shares.values())
     bars = {bar["name"]: bar["value"] for bar in found["bars"]}
     assert bars["JSON MaxSim / empty"] > 0
     assert bars["JSON cross-attention / empty"] is None
     assert "ours: 6 answers checked" in service_run
+
+
+def test_an_equal_server_is_as_long_as_queueing_theory_says() -> None:
+    """M/D/1 waits rho / (2 (1 - rho)) requests in the mean, and at half of capacity nothing half of the time."""
+    row = equal_server(0.5, capacity=1e6)
+    assert row["p50_us"] == pytest.approx(1.0, abs=0.02)
+    assert 4 < row["p99_us"] < 4.7
+    assert equal_server(0.9, capacity=1e6)["p50_us"] == pytest.approx(4.4, abs=0.5)
 
 
 def test_memory_is_read_from_every_worker(memory_run: str, folder: Path) -> None:

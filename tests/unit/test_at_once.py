@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,20 @@ def test_what_is_wrong_is_refused_on_the_ordinary_way(
     assert document["remedy"]
 
 
+def test_no_size_is_too_long_to_be_compared(service: Running, round_: list[str]) -> None:
+    assert ask(service, head({**PLAIN, "Content-Length": "0" * 30 + "20001"}) + b" " * 20_001)[0] == 413
+    assert round_ == ["/v1/rank"]
+
+
+def test_a_defect_of_the_short_way_is_logged(
+    service: Running, round_: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(type(service.service), "is_quick", lambda *given: 1 / 0 if not round_ else True)
+    assert ask(service, head(PLAIN) + BODY)[0] == 200
+    assert round_ == ["/v1/rank"]
+    assert "failed on the short way" in caplog.text
+
+
 def test_a_chunked_body_is_read(service: Running, round_: list[str]) -> None:
     headers = {**PLAIN, "Transfer-Encoding": "chunked"}
     del headers["Content-Length"]
@@ -179,14 +193,42 @@ def test_requests_sent_one_upon_another_are_answered_in_their_order(service: Run
     assert len(round_) >= 4, "all but the last, which has none behind it"
 
 
+@contextmanager
+def held(service: Running) -> Iterator[None]:
+    """The event loop stands still meanwhile: what is sent waits in the sockets, and is read in one turn."""
+    standing, go_on = threading.Event(), threading.Event()
+    loop = service.server.servers[0].get_loop()
+    loop.call_soon_threadsafe(lambda: (standing.set(), go_on.wait(TIMEOUT_S)))
+    assert standing.wait(TIMEOUT_S)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
 def test_who_leaves_is_forgotten(service: Running, round_: list[str]) -> None:
-    for octets in (head(PLAIN), head(PLAIN) + BODY[:-1], head(PLAIN) + BODY):
-        connect(service).close()
+    for octets in (head(PLAIN), head(PLAIN) + BODY[:-1]):
         with connect(service) as connection:
             connection.sendall(octets)
+    with connect(service) as connection, connect(service) as other, held(service):
+        connection.sendall(head(PLAIN) + BODY)
+        other.sendall(head(PLAIN) + BODY)
+        connection.close()
     assert ask(service, head(PLAIN) + BODY)[0] == 200
     admission = service.service.admission
     assert (admission.waiting, admission.working, round_) == (0, 0, [])
+
+
+@pytest.mark.parametrize("line", ["POST /v1/rank HTTP/1.1", "POST /v1/rank? HTTP/1.1"])
+def test_a_deadline_counts_from_the_head_of_the_request(service: Running, line: str) -> None:
+    body = json.dumps({"candidates": [100], "deadline_ms": 40}).encode()
+    with connect(service) as connection:
+        connection.sendall(head({**PLAIN, "Content-Length": str(len(body))}, line) + body[:-1])
+        httpx.get(f"{service.http.base_url}/livez")  # by now the server has read what came before
+        threading.Event().wait(0.1)
+        connection.sendall(body[-1:])
+        status, _, document = answers(connection, 1)[0]
+    assert (status, document["field"]) == (504, "deadline_ms")
 
 
 def test_no_release_and_a_full_queue_are_said_as_ever(
@@ -199,10 +241,18 @@ def test_no_release_and_a_full_queue_are_said_as_ever(
 
 
 def test_a_crowd_on_the_short_way_is_answered_or_told_to_come_again(made: TinyRelease, tmp_path: Path) -> None:
-    with running_release(made, tmp_path, max_queue=2) as service, ThreadPoolExecutor(16) as callers:
-        found = [*callers.map(lambda _: ask(service, head(PLAIN) + BODY)[0], range(200))]
-    assert {*found} <= {200, 429}
-    assert found.count(200) > 0
+    with running_release(made, tmp_path, max_queue=2) as service, ExitStack() as stack:
+        crowd = [stack.enter_context(connect(service)) for _ in range(8)]
+        for connection in crowd:  # all are known to the server before it stands still
+            connection.sendall(head(PLAIN) + BODY)
+            answers(connection, 1)
+        with held(service):
+            for connection in crowd:
+                connection.sendall(head(PLAIN) + BODY)
+        found = [answers(connection, 1)[0][0] for connection in crowd]
+        assert {*found} == {200, 429}
+        assert found.count(429) >= 4, "two wait; another may come in when one of them is answered"
+        assert (service.service.admission.waiting, service.service.admission.working) == (0, 0)
 
 
 def test_a_request_on_its_way_when_the_server_stops_is_answered(made: TinyRelease, tmp_path: Path) -> None:

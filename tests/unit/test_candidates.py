@@ -179,6 +179,7 @@ def test_no_damage_to_a_stream_leads_out_of_it() -> None:
             if found is not None:
                 assert len(found[0] or b"") <= len(STREAM)
                 assert len(found[1]) <= 3
+                assert found[1].flags.aligned
 
 
 @needs_native
@@ -189,7 +190,16 @@ def test_nor_do_wild_offsets(writes: list[tuple[int, int]]) -> None:
     for place, value in writes:
         damaged[place : place + 4] = value.to_bytes(4, "little")
     found = arrow_candidates(bytes(damaged))
-    assert found is None or found[1].nbytes <= len(STREAM)
+    assert found is None or (found[1].nbytes <= len(STREAM) and found[1].flags.aligned)
+
+
+@needs_native
+def test_a_schema_with_a_body_is_left_to_pyarrow() -> None:
+    """It would shift all that follows to an odd place."""
+    size = 8 + int.from_bytes(STREAM[4:8], "little")
+    message = 8 + int.from_bytes(STREAM[8:12], "little")  # the table; here its fields have no room for a body's size
+    assert STREAM[message : message + 4] != b""
+    assert arrow_candidates(STREAM[:size] + bytes(4) + STREAM[size:]) is None
 
 
 def test_without_the_extension_no_stream_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

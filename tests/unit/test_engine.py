@@ -341,6 +341,17 @@ def test_an_index_that_leads_out_of_itself_is_refused(
         open_index(Index(buckets, count))
 
 
+@pytest.mark.parametrize("numpy", [False, True])
+def test_an_index_with_a_key_twice_is_refused(numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is there, but a search would make another of them."""
+    if numpy:
+        monkeypatch.setattr(engine, "native", None)
+    buckets = np.zeros((2, 16), np.uint32)
+    buckets[1, 10:12] = 4, 3  # two entries of the key 0
+    with pytest.raises(KernelError, match="holds a key twice"):
+        open_index(Index(buckets, 4))
+
+
 @pytest.mark.parametrize(("shape", "named"), [((1, 16), "1 buckets for 5 keys"), ((2, 15), "a bucket has 15 entries")])
 def test_an_index_of_another_form_is_refused(shape: tuple[int, int], named: str) -> None:
     if not NATIVE:

@@ -80,6 +80,21 @@ def test_attention_too_sharp_for_float32_stays_as_it_was() -> None:
     assert isinstance(kept.item_inputs, FusedInputs)
 
 
+def test_the_weakest_entry_outweighs_padding() -> None:
+    """At the sharpest attention that is fused, alone among padding."""
+    spec = FeatureSpec((replace(SPEC.fields[0], length=30), SPEC.fields[5]), "int", "int")
+    tables = Tables(spec)
+    inputs = Inputs(spec, "user", tables).eval()
+    pool: Any = inputs.pools[0]
+    pool.age.data = torch.linspace(WIDEST - 0.5, 0, 30)
+    nn.init.normal_(tables[0].weight, std=3)
+    equal = FusedInputs.of(inputs, tables)
+    assert equal is not None
+    x = torch.zeros(30, 30, dtype=torch.int32)
+    x[range(30), range(30)] = 3
+    torch.testing.assert_close(equal(tables, x), inputs(tables, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("input_gate", ["units", "fields"])
 def test_heads(input_gate: Any) -> None:
     sizes = [2, 4, 3]

@@ -187,9 +187,7 @@ class Run:
             catalogues=found, ids=ids, rows=self._row_pool, count=self.ranked, budget_s=self.size.operation_s
         )
         self.report.rows += ratios(ground, self.size.bars_s, self.levels, self.absent)
-        rows, notes = operations.all_rows(ground)
-        self.report.rows += rows
-        self.report.notes += notes
+        self.report.rows += operations.all_rows(ground)
 
     @property
     def ranked(self) -> int:

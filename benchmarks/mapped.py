@@ -6,7 +6,6 @@ times the last cache, so that no list is found in it.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from benchmarks.made import PART, Plan, item_ids
 from benchmarks.report import machine
 from cache.snapshot import Snapshot, SnapshotWriter
 from kernel import engine
-from kernel.engine import Index, Table, open_index, open_table
+from kernel.engine import Table
 from kernel.head import ITEM_PARTS, USER_PARTS, HeadSpec
 from kernel.record import DTYPES, Dtype, RecordLayout
 
@@ -28,7 +27,6 @@ LIST_POOL = 4  # times the last cache
 NO_CACHE_BYTES = 32 << 20  # taken where the system does not tell the size of its caches
 MOST_POOL_BYTES = 2 << 30
 USERS = 1_024  # distinct user records before the first comes again
-HUGE_PAGE_BYTES = 2 << 20
 
 Floats = NDArray[np.float32]
 
@@ -90,19 +88,11 @@ def catalogue(
                     writer.append(ids[start : start + len(records)], records)
             snapshots = {dtype: writer.finish() for dtype, writer in writers.items()}
         for snapshot in snapshots.values():
-            fault_in(snapshot)
+            snapshot.settle()  # as the service does: no page is missing when the clock runs
         yield Catalogue(head, ids, snapshots, vectors)
     finally:
         for path in paths:
             path.unlink(missing_ok=True)
-
-
-def fault_in(snapshot: Snapshot) -> None:
-    """Read every page once, as a service's warm-up does: none is missing when the clock runs."""
-    for array in (snapshot.rows, snapshot.keys, snapshot.buckets):
-        flat = array.reshape(-1)
-        for start in range(0, len(flat), 1 << 24):
-            np.add.reduce(flat[start : start + (1 << 24)])
 
 
 def vectors_bytes(head: HeadSpec, items: int) -> int:
@@ -197,40 +187,3 @@ def row_pool(items: int, size_bytes: int) -> Pool:
 def id_pool(ids: NDArray[np.int64], size_bytes: int) -> Pool:
     """Random ids of items, int64."""
     return Pool(ids[np.random.default_rng(6).integers(0, len(ids), size_bytes // 8, np.int32)])
-
-
-# --- huge pages ------------------------------------------------------------------------------------------------------
-
-
-def huge_table(found: Catalogue, dtype: Dtype, level: str) -> tuple[Table, float]:
-    """The same table and index copied into anonymous memory of huge pages, and the share that the system gave of them.
-
-    Raises OSError where it has none.
-    """
-    snapshot = found.snapshots[dtype]
-    before = _huge_bytes()
-    rows, buckets = (_copied(array) for array in (snapshot.rows, snapshot.buckets))
-    share = (_huge_bytes() - before) / (rows.nbytes + buckets.nbytes)
-    engine.select(level)
-    try:
-        finder = open_index(Index(buckets, len(rows)))
-        return open_table(RecordLayout(found.head, dtype), rows, finder), min(share, 1.0)
-    finally:
-        engine.select()
-
-
-def _copied(array: NDArray[Any]) -> NDArray[Any]:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        raise OSError("this system has no huge pages on request")
-    size = -(-array.nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has huge pages of its own
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    copy = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-def _huge_bytes() -> int:
-    """Huge pages of this process."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:")), 0)

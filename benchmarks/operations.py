@@ -1,4 +1,4 @@
-"""The kernel's other operations beside what one would write: lookup, top-k, whole rankings, batches, packing, pages.
+"""The kernel's other operations beside what one would write: lookup, top-k, whole rankings, batches, packing.
 
 All at the size of the bars. Answers are compared before anything is timed, as those of the scores are.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks import scoring
 from benchmarks.client import AnswerError
-from benchmarks.mapped import Catalogue, Pool, Users, draw_items, huge_table
+from benchmarks.mapped import Catalogue, Pool, Users, draw_items
 from benchmarks.rounds import Entry, in_rounds
 from kernel import engine, record, reference
 from kernel.head import HeadKind
@@ -244,35 +244,6 @@ def _pack(ground: Ground, kind: HeadKind, found: Catalogue) -> list[Row]:
     return [{**row, "items_per_s": PACKED / row["median_us"] * 1e6} for row in rows]
 
 
-# --- pages -----------------------------------------------------------------------------------------------------------
-
-
-def pages(ground: Ground) -> tuple[list[Row], str]:
-    """Lookup and int8 scores over the mapped file and over a copy in huge pages, and what the system gave of them."""
-    found, level = ground.maxsim, engine.levels()[-1]
-    mapped = found.table("int8", level)
-    try:
-        huge, share = huge_table(found, "int8", level)
-    except OSError as error:
-        return [], f"huge pages: n/a, {error}"
-    user, asked = Users(found.head), ground.rows.next(ground.count)
-    record_ = user.next()
-    _must(np.array_equal(mapped.score(record_, asked), huge.score(record_, asked)), "huge pages", "other scores")
-    rows: list[Row] = []
-    for kind, calls, draw in (
-        ("pages, lookup", (mapped.lookup, huge.lookup), lambda: (ground.ids.next(ground.count),)),
-        ("pages, score", (mapped.score, huge.score), lambda: (user.next(), ground.rows.next(ground.count))),
-    ):
-        entries = [
-            Entry(fields=_fields(name, "int8", level), call=call, draw=draw)  # type: ignore[arg-type]
-            for name, call in zip(("mapped file", "huge pages"), calls, strict=True)
-        ]
-        rows += measured(ground, kind, entries)
-    return rows, f"huge pages: the system gave {share:.0%} of the copy as such"
-
-
-def all_rows(ground: Ground) -> tuple[list[Row], list[str]]:
-    """Rows of every operation, and notes."""
-    rows = [row for operation in (lookup, top_k, rank, batch, pack) for row in operation(ground)]
-    found, note = pages(ground)
-    return rows + found, [note]
+def all_rows(ground: Ground) -> list[Row]:
+    """Rows of every operation."""
+    return [row for operation in (lookup, top_k, rank, batch, pack) for row in operation(ground)]

@@ -18,6 +18,7 @@ from model.errors import FeatureError
 from model.features import HISTORY
 
 HOST = "127.0.0.1"
+IDLE_S = 75  # as RankTower's: no connection closes between two rare requests
 LOG_LEVEL = "info"
 
 Floats = NDArray[np.float32]
@@ -72,5 +73,6 @@ def serve(create: Callable[[], FastAPI], port: int) -> None:
             ws="none",
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_S,
             log_level=LOG_LEVEL,
         )

@@ -70,6 +70,14 @@ class SoftLabel:
             )
         return np.maximum(values, 0).astype(np.float32)
 
+    @property
+    def top(self) -> float:
+        """Its value when every rung is certain, which makes a probability of it; 1 where that is no positive number."""
+        certain = {name: np.ones(1) for name in self.names}
+        with np.errstate(all="ignore"):
+            value = float(_evaluate(_parse(self.expression), certain).flat[0])
+        return value if 0 < value < np.inf else 1.0
+
     def of(self, matrix: NDArray[np.floating]) -> NDArray[np.float32]:
         """The same from a matrix (n, rungs) whose columns follow the ladder."""
         return self({name: matrix[:, place] for place, name in enumerate(self.rungs)})

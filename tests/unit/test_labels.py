@@ -117,6 +117,14 @@ def test_a_missing_prediction_is_named() -> None:
         SoftLabel("click + buy", RUNGS)({"click": np.array([0.5]), "cart": np.array([0.5])})
 
 
+@pytest.mark.parametrize(
+    ("expression", "top"),
+    [("click + 3*cart + 10*buy", 14), ("buy", 1), ("click / (1 - cart)", 1), ("-click", 1), ("2 + 0*buy", 2)],
+)
+def test_the_top_is_the_value_when_every_rung_is_certain(expression: str, top: float) -> None:
+    assert SoftLabel(expression, RUNGS).top == top
+
+
 def test_rungs_that_the_expression_does_not_read_are_not_needed() -> None:
     np.testing.assert_allclose(SoftLabel("2*buy", RUNGS)({"buy": np.array([0.25])}), [0.5])
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 CUTS = (5, 10, 20, 50, 100)
 NETWORK_NAMES = "ranktower, two_tower, lr"  # of model/networks.py and model/losses.py, which import torch
-LOSS_NAMES = "am_rankmax, bce, distillation, hybrid, rankmax, softmax, softsort"
+LOSS_NAMES = (
+    "am_rankmax, approx_ndcg, arf, bce, dftopk, distillation, hybrid, lambdaloss, ranknet, rankmax, softmax, softsort"
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -173,14 +175,14 @@ def _known_settings(recipe: Recipe) -> Mapping[str, set[str]]:
     from dataclasses import fields
     from inspect import signature
 
-    from model.losses import FUNCTIONS, LOSSES
+    from model.losses import FUNCTIONS, LOSSES, TOLD
     from model.networks import NETWORKS
     from model.sampling import Sampler
 
     own = {field.name for field in fields(recipe)} - {"options", "loss_options", "sampler_options"}
     network = NETWORKS.get(recipe.network)
     loss: Callable[..., Any] | None = FUNCTIONS.get(recipe.loss) or LOSSES.get(recipe.loss)
-    inputs = {"self", "spec", "scores", "labels", "mask", "grades"}
+    inputs = {"self", "spec", "scores", "labels", "mask", *TOLD}
     return {
         "recipe": own,
         "options": set(signature(network).parameters) - inputs if network else set(),

@@ -4,8 +4,12 @@ Every loss is a pure function `loss(scores, labels, mask)` of scores (b, n) floa
 on padding, which has no influence whatever it holds. Lists that are all padding are not counted. Scores in half
 precision are widened first. `LOSSES` gives each as a module with its options bound.
 
-Formulas are printed as sums over the positives, ranks or impressions of a list; `reduce="mean"`, our own default,
-averages them within the list, so that long lists do not drown short ones. `reduce="sum"` is the formula as printed.
+Formulas are printed as sums over the positives, pairs, ranks or impressions of a list; `reduce="mean"`, our own
+default, averages them within the list, so that long lists do not drown short ones. `reduce="sum"` is the formula as
+printed.
+
+Memory: pairs of a positive and another item are rows (m, n), m the positives of the batch; pairs of impressions are
+(b, i, i), i those of the longest list; only ARF holds (b, n, n). No loss needs more than O(b n^2).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +29,16 @@ from model.layers import wide
 
 Balance = Literal["equal", "learned", "fixed"]
 Reduce = Literal["mean", "sum"]
+Distillation = Literal["softmax", "logloss", "pairwise"]
+Distill = Literal["softmax", "logloss", "pairwise", "none"]
+Weighting = Literal["global", "both"]
 
 MARGIN = 1.0
 SPREAD_FLOOR = 1e-2  # below this deviation of a list's scores, SoftSort's tau shrinks no further
 BALANCE_BATCHES = 20
 SCALE_LIMIT = math.log(100.0)  # of the learned scale before distillation
+TOLD = {"grades", "soft_top"}  # what every loss is told of the log: the ladder's top grade, the greatest soft label
+LEAST = {"margin": 0.0, "mu": 0.0, "k": 1, "m": 1, "alpha": 1e-6, "power": 1e-6, "tau": 1e-6}  # of number options
 
 
 class Labels(NamedTuple):
@@ -72,6 +81,33 @@ def _mean(at: _Lists, per_list: Tensor, entries: Tensor, reduce: Reduce = "mean"
     if reduce == "mean":
         per_list = per_list / entries.clamp_min(1)
     return per_list.sum() / at.lists
+
+
+class _Rows(NamedTuple):
+    """One row for each positive of the batch: (m, n) in place of (b, n, n). Only where all are positive is m = b n."""
+
+    list: Tensor  # (m,) the list of a positive j
+    y_j: Tensor  # (m, 1)
+    y_i: Tensor  # (m, n) of the items of its list
+    gap: Tensor  # (m, n) z_i - z_j
+    place: Tensor  # (m,) its column
+    other: Tensor  # (m, n) bool, False on padding and on itself
+
+    @property
+    def lower(self) -> Tensor:
+        return self.other & (self.y_i < self.y_j)
+
+
+def _rows(at: _Lists) -> _Rows:
+    row, column = (at.y > 0).nonzero(as_tuple=True)
+    y_j, z_j = at.y[row, column].unsqueeze(1), at.z[row, column].unsqueeze(1)
+    other = at.mask[row] & (torch.arange(at.z.shape[1], device=row.device) != column.unsqueeze(1))
+    return _Rows(row, y_j, at.y[row], at.z.index_select(0, row) - z_j, column, other)
+
+
+def _by_list(at: _Lists, rows: _Rows, cost: Tensor) -> Tensor:
+    """Sums over the positives of each list: (m,) -> (b,)."""
+    return cost.new_zeros(len(at.z)).index_add(0, rows.list, cost)
 
 
 # --- hard labels -----------------------------------------------------------------------------------------------------
@@ -121,17 +157,103 @@ def am_rankmax(
 def _rankmax(
     at: _Lists, margin: Callable[[Tensor, Tensor], Tensor], reduce: Reduce, all_rivals: bool = False
 ) -> Tensor:
-    """One row for each positive of the batch: (m, n) in place of (b, n, n)."""
+    rows = _rows(at)
+    rival = rows.other if all_rivals else rows.lower  # the positive itself is the 1 in the logarithm
+    violation = (rows.gap + margin(rows.y_j, rows.y_i)).relu() * rival
+    return _mean(at, _by_list(at, rows, violation.sum(dim=1).log1p()), (at.y > 0).sum(dim=1), reduce)
+
+
+def ranknet(scores: Tensor, labels: Labels, mask: Tensor, *, reduce: Reduce = "mean") -> Tensor:
+    """sum_{y_j > y_i} log(1 + exp(z_i - z_j)), Burges et al., ICML 2005, over the pairs of unlike grade of a list."""
+    at = _lists(scores, labels, mask)
+    rows = _rows(at)  # of two unlike grades the higher is positive
+    cost = _softplus(rows.gap) * rows.lower
+    pairs = _by_list(at, rows, rows.lower.sum(dim=1).to(cost.dtype))
+    return _mean(at, _by_list(at, rows, cost.sum(dim=1)), pairs, reduce)
+
+
+def approx_ndcg(scores: Tensor, labels: Labels, mask: Tensor, *, alpha: float = 0.1) -> Tensor:
+    """1 - NDCG with smooth ranks, Qin et al., Information Retrieval 2010; Bruch et al., SIGIR 2019.
+
+        rank_j = 1 + sum_{i != j} sigmoid((z_i - z_j) / alpha),   gain 2^grade - 1
+
+    A list without positives costs 0.
+    """
+    at = _lists(scores, labels, mask)
+    rows = _rows(at)
+    rank = 1 + ((rows.gap / alpha).sigmoid() * rows.other).sum(dim=1)  # (m,)
+    ndcg = _by_list(at, rows, _gain(at)[rows.list, rows.place] / (1 + rank).log2())
+    return ((at.y > 0).any(dim=1).to(ndcg.dtype) - ndcg).sum() / at.lists
+
+
+def lambdaloss(scores: Tensor, labels: Labels, mask: Tensor, *, mu: float = 10.0) -> Tensor:
+    """NDCG-Loss2++ of Wang et al., CIKM 2018: RankNet's pairs, weighted by what they are worth in NDCG.
+
+        sum_{y_j > y_i} (rho_ij + mu delta_ij) |G_i - G_j| log2(1 + exp(z_i - z_j)),   G = (2^grade - 1) / best DCG
+        rho_ij = |1/D(rank_i) - 1/D(rank_j)|,   delta_ij = 1/D(|rank_i - rank_j|) - 1/D(|rank_i - rank_j| + 1)
+
+    with D(r) = log2(1 + r) and hard ranks, without gradient. mu = 0 is LambdaRank. Items of equal scores share their
+    mean rank and weigh as neighbours do (ours: an order among them would be that of the list).
+    """
+    at = _lists(scores, labels, mask)
+    rows, gain, rank = _rows(at), _gain(at), _hard_ranks(at)
+    discount = 1 / (1 + rank).log2()
+    rank_j, discount_j, gain_j = (x[rows.list, rows.place].unsqueeze(1) for x in (rank, discount, gain))
+    apart = (rank[rows.list] - rank_j).abs().clamp_min(1)  # (m, n)
+    delta = 1 / (1 + apart).log2() - 1 / (2 + apart).log2()
+    weight = ((discount[rows.list] - discount_j).abs() + mu * delta) * (gain[rows.list] - gain_j).abs() * rows.lower
+    return (weight * _softplus(rows.gap)).sum() / math.log(2) / at.lists
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact where functional.softplus turns linear."""
+    return -functional.logsigmoid(-x)
+
+
+def _gain(at: _Lists) -> Tensor:
+    """(b, n): 2^grade - 1 over the list's best DCG; 0 in a list without positives."""
+    gain = at.y.exp2() - 1
+    place = torch.arange(at.z.shape[1], device=gain.device, dtype=gain.dtype)
+    best = (gain.sort(dim=1, descending=True).values / (2 + place).log2()).sum(dim=1, keepdim=True)
+    return gain / best.masked_fill(best == 0, 1.0)
+
+
+def _hard_ranks(at: _Lists) -> Tensor:
+    """(b, n): rank of each item by score, from 1, the mean of the ranks that equal scores share. No gradient."""
+    z = at.z.detach().masked_fill(~at.mask, -math.inf)
+    ascending = z.sort(dim=1).values
+    below, upto = (torch.searchsorted(ascending, z, right=right) for right in (False, True))
+    return z.shape[1] - (below + upto - 1).to(z.dtype) / 2
+
+
+def dftopk(scores: Tensor, labels: Labels, mask: Tensor, *, k: int | None = None, tau: float = 1.0) -> Tensor:
+    """Binary cross-entropy of being among the first k, mean over the items of a list (arXiv 2510.11472).
+
+        f_i = sigmoid((z_i - (z_[k] + z_[k+1]) / 2) / tau)
+
+    The target is the first k by (grade, then p), items that tie there sharing what is left. By default k is the number
+    of positives of the list (ours). A list that is no longer than k, or has no k, costs 0.
+    """
+    at = _lists(scores, labels, mask)
+    first, count = _wanted(at, k)
+    length = mask.sum(dim=1, keepdim=True)
+    cuts = (count > 0) & (count < length)  # (b, 1)
+    ranked = at.z.masked_fill(~mask, -math.inf).sort(dim=1, descending=True).values
+    last = (count - 1).clamp(0, at.z.shape[1] - 1)
+    edge = ranked.gather(1, last) + ranked.gather(1, (last + 1).clamp_max(at.z.shape[1] - 1))
+    logit = (at.z - torch.where(cuts, edge / 2, 0.0)) / tau
+    cost = functional.binary_cross_entropy_with_logits(logit, first, reduction="none")
+    return _mean(at, cost.masked_fill(~(mask & cuts), 0.0).sum(dim=1), length.squeeze(1))
+
+
+def _wanted(at: _Lists, k: int | None) -> tuple[Tensor, Tensor]:
+    """(b, n): the share of each item in the first k ranks by (grade, p); (b, 1): k, of None the list's positives."""
     positive = at.y > 0
-    row, column = positive.nonzero(as_tuple=True)  # (m,) each
-    y_i, y_j = at.y[row], at.y[row, column].unsqueeze(1)  # (m, n), (m, 1)
-    gap = at.z.index_select(0, row) - at.z[row, column].unsqueeze(1)  # (m, n)
-    rival = at.mask[row] if all_rivals else at.mask[row] & (y_i < y_j)
-    if all_rivals:  # but itself, which is the 1 in the logarithm
-        rival = rival & (torch.arange(at.z.shape[1], device=row.device) != column.unsqueeze(1))
-    violation = (gap + margin(y_j, y_i)).relu() * rival
-    cost = violation.sum(dim=1).log1p()  # (m,)
-    return _mean(at, cost.new_zeros(len(at.z)).index_add(0, row, cost), positive.sum(dim=1), reduce)
+    if k is None:
+        return positive.to(at.z.dtype), positive.sum(dim=1, keepdim=True)
+    above, tied = _places(at._replace(shown=at.mask))
+    share = (k - above).clamp_min(0).minimum(tied).to(at.z.dtype) / tied.clamp_min(1)
+    return share.masked_fill(~at.mask, 0.0), torch.full_like(above[:, :1], k)
 
 
 # --- the order of impressions ----------------------------------------------------------------------------------------
@@ -180,14 +302,25 @@ def _ranks(at: _Lists) -> Tensor:
 
     `above` items come before j and `tied` share its ranks, so j has 1/tied of each rank in [above, above + tied).
     """
-    pair = at.shown.unsqueeze(1) & at.shown.unsqueeze(2)  # (b, i, j)
-    y_i, y_j, p_i, p_j = at.y.unsqueeze(2), at.y.unsqueeze(1), at.p.unsqueeze(2), at.p.unsqueeze(1)
-    above = (pair & ((y_i > y_j) | ((y_i == y_j) & (p_i > p_j)))).sum(dim=1)  # (b, j)
-    tied = (pair & (y_i == y_j) & (p_i == p_j)).sum(dim=1)
+    above, tied = _places(at)
     ordered = at.shown & (tied < at.shown.sum(dim=1, keepdim=True))  # an order to learn
     rank = torch.arange(at.z.shape[1], device=at.z.device).view(1, -1, 1)
     holds = (rank >= above.unsqueeze(1)) & (rank < (above + tied).unsqueeze(1)) & ordered.unsqueeze(1)
-    return holds.to(at.z.dtype) / tied.clamp_min(1).unsqueeze(1)
+    return torch.where(holds, (1 / tied.clamp_min(1).to(at.z.dtype)).unsqueeze(1), 0.0)
+
+
+def _places(at: _Lists) -> tuple[Tensor, Tensor]:
+    """(b, n) int each: how many impressions come before an item by (grade, p), and how many tie with it, itself too."""
+    by_p = at.p.argsort(dim=1, descending=True, stable=True)
+    y = at.y.masked_fill(~at.shown, -math.inf)  # last
+    order = by_p.gather(1, y.gather(1, by_p).argsort(dim=1, descending=True, stable=True))
+    y, p = y.gather(1, order), at.p.gather(1, order)
+    new = torch.ones_like(at.shown)
+    new[:, 1:] = (y[:, 1:] != y[:, :-1]) | (p[:, 1:] != p[:, :-1])
+    group = new.cumsum(dim=1) - 1
+    tied = torch.zeros_like(order).scatter_add(1, group, torch.ones_like(order)).gather(1, group)
+    start = (torch.arange(new.shape[1], device=new.device) * new).cummax(dim=1).values
+    return torch.empty_like(order).scatter(1, order, start), torch.empty_like(order).scatter(1, order, tied)
 
 
 def _standardised(at: _Lists) -> Tensor:
@@ -202,10 +335,41 @@ def _standardised(at: _Lists) -> Tensor:
 # --- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def distillation(scores: Tensor, labels: Labels, mask: Tensor, *, reduce: Reduce = "mean") -> Tensor:
-    """-sum_i p_i log softmax(z)_i over impressions; p is not normalised: a list that the teacher likes weighs more."""
+def distillation(
+    scores: Tensor,
+    labels: Labels,
+    mask: Tensor,
+    *,
+    kind: Distillation = "softmax",
+    soft_top: float = 1.0,
+    reduce: Reduce = "mean",
+) -> Tensor:
+    """The teacher's p taught to the impressions of each list, in one of three ways.
+
+        softmax    -sum_i p_i log softmax(z)_i; p is not normalised: a list that the teacher likes weighs more
+        logloss    -sum_i p_i log sigmoid(z_i) + (1 - p_i) log(1 - sigmoid(z_i))
+        pairwise   sum_{p_i > p_j} (p_i - p_j) log(1 + exp(z_j - z_i))
+
+    Logloss needs probabilities: p is divided by `soft_top`, its greatest value, and clipped to 1 (ours: above 1 the
+    cost has no lower bound). A list of which the teacher says nothing (p = 0 throughout) costs 0.
+    """
     at = _lists(scores, labels, mask)
-    return _mean(at, -(at.p * _log_softmax(at.z, at.shown)).sum(dim=1), at.shown.sum(dim=1), reduce)
+    if kind == "pairwise":
+        return _pairwise(_impressions(at), reduce)
+    if kind == "logloss":
+        judged = (at.shown & (at.p > 0)).any(dim=1, keepdim=True)
+        cost = functional.binary_cross_entropy_with_logits(at.z, (at.p / soft_top).clamp_max(1.0), reduction="none")
+        cost = cost.masked_fill(~(at.shown & judged), 0.0)
+    else:
+        cost = -at.p * _log_softmax(at.z, at.shown)
+    return _mean(at, cost.sum(dim=1), at.shown.sum(dim=1), reduce)
+
+
+def _pairwise(at: _Lists, reduce: Reduce) -> Tensor:
+    """(b, i, j) of impressions; the mean is over pairs of unlike p."""
+    above = (at.p.unsqueeze(2) - at.p.unsqueeze(1)).relu() * (at.shown.unsqueeze(2) & at.shown.unsqueeze(1))
+    cost = above * _softplus(at.z.unsqueeze(1) - at.z.unsqueeze(2))
+    return _mean(at, cost.sum(dim=(1, 2)), (above > 0).sum(dim=(1, 2)), reduce)
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -218,20 +382,42 @@ FUNCTIONS: dict[str, Loss] = {
     "softsort": softsort,
     "rankmax": rankmax,
     "am_rankmax": am_rankmax,
+    "ranknet": ranknet,
+    "approx_ndcg": approx_ndcg,
+    "lambdaloss": lambdaloss,
+    "dftopk": dftopk,
 }
 
 
-class Listwise(nn.Module):
-    """One function with its options. Every loss is told the ladder's top grade; few need it."""
-
-    def __init__(self, name: str, *, grades: int = 1, **options: Any) -> None:
-        super().__init__()
-        known = set(signature(FUNCTIONS[name]).parameters) - {"scores", "labels", "mask"}
-        for option in options.keys() - known:
+def _check(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """TrainError names an option that the loss does not take, or a value out of its choices or range."""
+    hints = get_type_hints(function)
+    known = hints.keys() - {"scores", "labels", "mask", "return"} - TOLD
+    for option, value in options.items():
+        if option not in known:
             raise TrainError(f"loss {name} has no option {option!r}: use {', '.join(sorted(known)) or 'none'}")
-        if "grades" in known:
-            options["grades"] = grades
-        self.function = partial(FUNCTIONS[name], **options)
+        choices = get_args(hints[option]) if get_origin(hints[option]) is Literal else ()
+        if choices and value not in choices:
+            raise TrainError(f"{option} of loss {name} is {value!r}: use one of {', '.join(choices)}")
+        if option in LEAST and value is not None and not _in_range(value, LEAST[option]):
+            what = "whole number" if isinstance(LEAST[option], int) else "number"
+            raise TrainError(f"{option} of loss {name} is {value!r}: use a {what} from {LEAST[option]:g}")
+
+
+def _in_range(value: object, least: float) -> bool:
+    numbers = int if isinstance(least, int) else (int, float)
+    return isinstance(value, numbers) and not isinstance(value, bool) and value >= least
+
+
+class Listwise(nn.Module):
+    """One function with its options. Every loss is told the top grade and the greatest soft label; few need them."""
+
+    def __init__(self, name: str, *, grades: int = 1, soft_top: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        _check(name, FUNCTIONS[name], options)
+        told = {"grades": grades, "soft_top": soft_top}
+        takes = signature(FUNCTIONS[name]).parameters
+        self.function = partial(FUNCTIONS[name], **options, **{key: told[key] for key in TOLD & takes.keys()})
 
     def forward(self, scores: Tensor, labels: Labels, mask: Tensor) -> Tensor:
         return self.function(scores, labels, mask)
@@ -245,8 +431,10 @@ class Hybrid(nn.Module):
                  20 training batches where the term has one, then kept, and saved with the module
         learned  L / (2 w^2) + log w, w learned per term (Kendall et al., CVPR 2018)
         fixed    the weights alone
+    `distill` is the kind of its distillation, or "none" to leave the term out.
     `distill_scale` multiplies scores before distillation by a learned positive number: soft labels and margins ask for
-    different scales. The slides name the three terms; their weights and balance are our own design.
+    different scales. Logloss, which alone sees a shift of all scores, gets a learned shift as well.
+    The slides name the three terms; their weights and balance are our own design.
     """
 
     norms: Tensor  # (terms,) of each term's gradient in the scores
@@ -256,21 +444,29 @@ class Hybrid(nn.Module):
         self,
         *,
         grades: int = 1,
+        soft_top: float = 1.0,
         weights: Mapping[str, float] | None = None,
         balance: Balance = "equal",
+        distill: Distill = "softmax",
         distill_scale: bool = True,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        if balance not in get_args(Balance):
-            raise TrainError(f"hybrid balance is {balance!r}: use one of {', '.join(get_args(Balance))}")
+        _check("hybrid", type(self).__init__, {"balance": balance, "distill": distill})
         self.weights = dict(weights or {"distillation": 1.0, "softsort": 1.0, "am_rankmax": 1.0})
+        options = dict(options or {})
         for name in self.weights.keys() - FUNCTIONS.keys():
             raise TrainError(f"hybrid has no term {name!r}: use {', '.join(FUNCTIONS)}")
-        for name in (options or {}).keys() - self.weights.keys():
+        for name in options.keys() - self.weights.keys():
             raise TrainError(f"hybrid has options of {name!r}, which is not a term: use {', '.join(self.weights)}")
+        if distill == "none":
+            self.weights.pop("distillation", None)
+        elif "distillation" in self.weights:
+            options["distillation"] = {"kind": distill, **options.get("distillation", {})}
+        if not self.weights:
+            raise TrainError("hybrid has no term left: give weights of more than distillation, or another distill")
         self.terms = nn.ModuleDict(
-            {name: Listwise(name, grades=grades, **(options or {}).get(name, {})) for name in self.weights}
+            {name: Listwise(name, grades=grades, soft_top=soft_top, **options.get(name, {})) for name in self.weights}
         )
         self.balance = balance
         self.register_buffer("norms", torch.zeros(len(self.terms)))
@@ -278,6 +474,7 @@ class Hybrid(nn.Module):
         self.log_w = nn.Parameter(torch.zeros(len(self.terms))) if balance == "learned" else None
         learns_scale = distill_scale and "distillation" in self.terms
         self.log_scale = nn.Parameter(torch.zeros(())) if learns_scale else None
+        self.shift = nn.Parameter(torch.zeros(())) if learns_scale and distill == "logloss" else None
 
     def forward(self, scores: Tensor, labels: Labels, mask: Tensor) -> Tensor:
         costs = self._costs(scores, labels, mask)
@@ -294,6 +491,7 @@ class Hybrid(nn.Module):
 
     def _costs(self, scores: Tensor, labels: Labels, mask: Tensor) -> list[Tensor]:
         scaled = scores if self.log_scale is None else scores * self.log_scale.clamp(-SCALE_LIMIT, SCALE_LIMIT).exp()
+        scaled = scaled if self.shift is None else scaled + self.shift
         return [term(scaled if name == "distillation" else scores, labels, mask) for name, term in self.terms.items()]
 
     def _balanced(self, k: int, cost: Tensor) -> Tensor:
@@ -312,7 +510,85 @@ class Hybrid(nn.Module):
                 self.norms[k] += (norm - self.norms[k]) / self.measured[k].clamp_min(1) * (norm > 0)
 
 
+class ARF(nn.Module):
+    """Relaxed recall plus the whole order through NeuralSort, with a learned weight. Wang et al., WWW 2024.
+
+        P row k = softmax_j(((n + 1 - 2k) z_j - sum_i |z_j - z_i|) / tau)                     over the n items of a list
+        relax   = -1/n sum_j (sum_{r <= k} P_y)_j log(1/m sum_{r <= m} P_z)_j
+        global  = -1/n^2 sum_{k,j} P_y log P_z
+
+    m items are kept, the first k of them matter. By default k is the number of positives of the list (ours; their
+    fixed k fits lists that are ordered throughout). A list of m items or fewer has nothing to select: its relax is 0.
+    P_y is the hard order by (grade, then p), ties sharing their ranks as in `softsort`; a list in which all tie costs
+    nothing. `weighting` is that of the authors' later code, with w learned, or weighs both terms:
+        global  relax + global / (2 w^2) + log w
+        both    relax / (2 w1^2) + global / (2 w2^2) + log w1 + log w2
+    Not normalised by the spread of z, as published, so that tau must grow with n. Memory: (b, n, n).
+    """
+
+    weights = ("relax", "global")  # the names of `costs`
+
+    def __init__(
+        self,
+        *,
+        grades: int = 1,
+        soft_top: float = 1.0,
+        k: int | None = None,
+        m: int = 20,
+        tau: float = 50.0,
+        weighting: Weighting = "global",
+    ) -> None:
+        super().__init__()
+        _check("arf", type(self).__init__, {"k": k, "m": m, "tau": tau, "weighting": weighting})
+        self.k, self.m, self.tau, self.weighting = k, m, tau, weighting
+        self.log_w = nn.Parameter(torch.zeros(1 if weighting == "global" else 2))
+
+    def forward(self, scores: Tensor, labels: Labels, mask: Tensor) -> Tensor:
+        relax, whole = self._costs(scores, labels, mask)
+        weighted = whole * (-2 * self.log_w[-1]).exp() / 2
+        relaxed = relax if self.weighting == "global" else relax * (-2 * self.log_w[0]).exp() / 2
+        return relaxed + weighted + self.log_w.sum()
+
+    def costs(self, scores: Tensor, labels: Labels, mask: Tensor) -> Tensor:
+        """Both terms alone (2,), without their weights: for a log of training."""
+        return torch.stack(self._costs(scores, labels, mask))
+
+    def _costs(self, scores: Tensor, labels: Labels, mask: Tensor) -> tuple[Tensor, Tensor]:
+        at = _lists(scores, labels, mask)
+        at = at._replace(shown=mask)  # the whole list is to be ordered
+        log_p, wanted = _log_neuralsort(at, self.tau), _ranks(at)  # (b, k, j)
+        count = mask.sum(dim=1).clamp_min(1)  # (b,)
+        first, _ = _wanted(at, self.k)
+        first = first * wanted.any(dim=1)  # nothing in a list in which all tie
+        kept = log_p[:, : self.m].logsumexp(dim=1) - math.log(self.m)  # (b, j)
+        relax = -(first * kept).sum(dim=1).masked_fill(count <= self.m, 0.0) / count
+        whole = -torch.linalg.vecdot(wanted.flatten(1), log_p.flatten(1)) / count**2
+        return relax.sum() / at.lists, whole.sum() / at.lists
+
+
+def _log_neuralsort(at: _Lists, tau: float) -> Tensor:
+    """(b, k, j): log of NeuralSort's row k <= n; very low, but finite, on padding. Grover et al., ICLR 2019."""
+    rank = torch.arange(1, at.z.shape[1] + 1, device=at.z.device)
+    factor = (at.mask.sum(dim=1, keepdim=True) + 1 - 2 * rank).to(at.z.dtype)  # (b, k): n + 1 - 2k
+    minus = (-_apart(at) / tau).masked_fill(~at.mask, torch.finfo(at.z.dtype).min / 4)  # (b, j)
+    outer = torch.stack((factor, torch.ones_like(factor)), dim=2) @ torch.stack((at.z / tau, minus), dim=1)
+    return outer.log_softmax(dim=2)
+
+
+def _apart(at: _Lists) -> Tensor:
+    """(b, n): sum_i |z_j - z_i| over the items of a list, from running sums of the sorted scores."""
+    count = at.mask.sum(dim=1, keepdim=True)
+    mean = at.z.detach().sum(dim=1, keepdim=True) / count.clamp_min(1)  # what all share would only cost digits
+    z, order = (at.z - mean).masked_fill(~at.mask, math.inf).sort(dim=1)
+    z = z.masked_fill(torch.arange(z.shape[1], device=z.device) >= count, 0.0)  # padding, last
+    upto = z.cumsum(dim=1)
+    place = torch.arange(1, z.shape[1] + 1, device=z.device)  # items up to and with this one
+    below, above = place * z - upto, (upto[:, -1:] - upto) - (count - place) * z
+    return torch.zeros_like(z).scatter(1, order, below + above)
+
+
 LOSSES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(Listwise, name) for name in FUNCTIONS},
+    "arf": ARF,
     "hybrid": Hybrid,
 }

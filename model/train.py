@@ -32,10 +32,11 @@ from model.checkpoint import (
     write_text,
 )
 from model.datasets.log import IMPRESSION, TEST, VALID, Log
+from model.datasets.schema import Schema
 from model.errors import TrainError
 from model.evaluate import HeldOut, Row, baselines, held_out, measure, rows_to_json
 from model.features import UNKNOWN, FeatureSpec
-from model.losses import LOSSES, Hybrid, Labels
+from model.losses import ARF, LOSSES, Hybrid, Labels
 from model.metrics import METRICS, Calibration, calibrate, expected_calibration_error, rank, sigmoid
 from model.networks import Network
 from model.requests import encode_items, encode_users, fit_log_spec, request_body, user_features
@@ -142,7 +143,7 @@ def train(
     if not resume:
         check_run(out)
     spec = fit_log_spec(log)
-    learner = _set_up(recipe, spec, len(log.schema.rungs))
+    learner = _set_up(recipe, spec, log.schema)
     done = _resumed(out, recipe, spec, learner) if resume else FRESH
     teacher = _teacher(log, spec, recipe, out, resume, say)
     material = _material(log, spec, teacher, recipe, say)
@@ -184,12 +185,13 @@ def make_sampler(recipe: Recipe) -> Sampler:
         raise TrainError(f"sampler {recipe.sampler!r} does not take these options ({error})") from error
 
 
-def _set_up(recipe: Recipe, spec: FeatureSpec, grades: int) -> Learner:
+def _set_up(recipe: Recipe, spec: FeatureSpec, schema: Schema) -> Learner:
     """Seeded network and loss, and AdamW with the embedding tables in a group of their own, without decay."""
     torch.manual_seed(recipe.seed)
     network = build_network(recipe.network, spec, recipe.options).to(recipe.device)
     try:
-        loss = LOSSES[recipe.loss](grades=grades, **recipe.loss_options).to(recipe.device)
+        told = {"grades": len(schema.rungs), "soft_top": schema.soft_label.top}
+        loss = LOSSES[recipe.loss](**told, **recipe.loss_options).to(recipe.device)
     except (TypeError, ValueError) as error:
         raise TrainError(f"loss {recipe.loss!r} does not take these options ({error})") from error
     tables = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -379,12 +381,14 @@ def _step(learner: Learner, loss: Tensor, clip: float) -> None:
 
 
 def _terms(loss: nn.Module, scores: Tensor, labels: Labels, mask: Tensor) -> dict[str, Any]:
-    """The hybrid's terms on the last batch, unweighted."""
-    if not isinstance(loss, Hybrid):
-        return {}
-    with torch.no_grad():
-        costs = loss.costs(scores, labels, mask).tolist()
-    return {"terms": {name: round(cost, 5) for name, cost in zip(loss.weights, costs, strict=True)}}
+    """What the loss has learned of its own; of one with several terms also these on the last batch, unweighted."""
+    learned = {name: [round(x, 5) for x in value.flatten().tolist()] for name, value in loss.named_parameters()}
+    line: dict[str, Any] = {"learned": learned} if learned else {}
+    if isinstance(loss, (Hybrid, ARF)):
+        with torch.no_grad():
+            costs = loss.costs(scores, labels, mask).tolist()
+        line["terms"] = {name: round(cost, 5) for name, cost in zip(loss.weights, costs, strict=True)}
+    return line
 
 
 def _validate(network: Network, material: Material) -> dict[str, float]:

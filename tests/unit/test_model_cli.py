@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from model.cli import LOSS_NAMES, NETWORK_NAMES, app, progress_bars
+from model.cli import LOSS_NAMES, NETWORK_NAMES, app, progress_bars, with_settings
+from model.errors import TrainError
 from model.losses import LOSSES
 from model.networks import NETWORKS
+from model.train import Recipe
 from tests.logs import write_tiny_log
 
 
@@ -20,6 +22,24 @@ def ranktower(*arguments: object) -> Result:
 def test_the_help_of_train_names_every_network_and_loss() -> None:
     assert set(NETWORK_NAMES.split(", ")) == set(NETWORKS)
     assert set(LOSS_NAMES.split(", ")) == set(LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "options"),
+    [
+        ("arf", ["m=50", "weighting=both"], {"m": 50, "weighting": "both"}),
+        ("dftopk", ["k=10", "tau=0.5"], {"k": 10, "tau": 0.5}),
+        ("distillation", ["kind=pairwise"], {"kind": "pairwise"}),
+        ("hybrid", ["distill=none", 'weights={"ranknet": 1}'], {"distill": "none", "weights": {"ranknet": 1}}),
+    ],
+)
+def test_settings_reach_the_loss(loss: str, settings: list[str], options: dict[str, object]) -> None:
+    assert with_settings(Recipe(loss=loss), settings).loss_options == options
+
+
+def test_a_loss_is_not_asked_for_what_the_log_tells_it() -> None:
+    with pytest.raises(TrainError, match="--set soft_top: nothing takes it"):
+        with_settings(Recipe(loss="distillation"), ["soft_top=3"])
 
 
 def test_a_folder_is_not_converted_from_another_one(tmp_path: Path) -> None:

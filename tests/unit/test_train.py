@@ -16,9 +16,10 @@ from model.checkpoint import OURS
 from model.datasets.log import TEST, Log, read_log
 from model.errors import TrainError
 from model.evaluate import held_out
-from model.requests import encode_items, encode_users
+from model.losses import Listwise
+from model.requests import encode_items, encode_users, fit_log_spec
 from model.scoring import score_network
-from model.train import Recipe, load_checkpoint, train
+from model.train import Recipe, _set_up, load_checkpoint, train
 from tests.logs import write_tiny_log
 
 TINY = Recipe(
@@ -130,7 +131,7 @@ def test_warmup_bodies_name_a_user_or_carry_features(hybrid: tuple[Path, dict[st
     assert all(body["candidates"] for body in bodies)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "hybrid"])
+@pytest.mark.parametrize("loss", ["softmax", "hybrid", "arf"])
 def test_two_epochs_and_a_resume_equal_four(log: Log, tmp_path: Path, loss: str) -> None:
     recipe = replace(TINY, loss=loss, teacher=loss == "hybrid", options={**TINY.options, "dropout": 0.1}, patience=9)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -141,6 +142,23 @@ def test_two_epochs_and_a_resume_equal_four(log: Log, tmp_path: Path, loss: str)
     assert_same(weights(whole, "state.safetensors"), weights(parts, "state.safetensors"))
     assert lines(whole) == lines(parts)
     assert metrics["best_epoch"] == json.loads((whole / "metrics.json").read_text())["best_epoch"]
+
+
+def test_what_a_loss_learns_is_trained_kept_and_said(log: Log, tmp_path: Path) -> None:
+    train(log, tmp_path / "run", replace(TINY, loss="arf", loss_options={"weighting": "both", "m": 5}))
+    kept = weights(tmp_path / "run", "state.safetensors")["loss.log_w"]
+    assert (kept != 0).all()
+    said = lines(tmp_path / "run")[-1]
+    assert said["learned"]["log_w"] == pytest.approx(kept.tolist(), abs=1e-5)
+    assert said["terms"].keys() == {"relax", "global"}
+
+
+def test_logloss_is_told_the_greatest_soft_label_of_the_log(log: Log) -> None:
+    learner = _set_up(
+        replace(TINY, loss="distillation", loss_options={"kind": "logloss"}), fit_log_spec(log), log.schema
+    )
+    assert isinstance(learner.loss, Listwise)
+    assert learner.loss.function.keywords["soft_top"] == 14  # click + 3*cart + 10*buy
 
 
 def test_a_killed_training_leaves_its_last_epoch_and_goes_on(log: Log, tmp_path: Path) -> None:

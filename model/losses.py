@@ -220,10 +220,16 @@ def _gain(at: _Lists) -> Tensor:
 
 def _hard_ranks(at: _Lists) -> Tensor:
     """(b, n): rank of each item by score, from 1, the mean of the ranks that equal scores share. No gradient."""
-    z = at.z.detach().masked_fill(~at.mask, -math.inf)
+    below, upto = _counts(at)
+    return at.mask.sum(dim=1, keepdim=True) - (below + upto - 1).to(at.z.dtype) / 2
+
+
+def _counts(at: _Lists) -> tuple[Tensor, Tensor]:
+    """(b, n) int each: how many items of the list score less, and how many score no more, itself among them."""
+    z = at.z.detach().masked_fill(~at.mask, math.inf)
     ascending = z.sort(dim=1).values
-    below, upto = (torch.searchsorted(ascending, z, right=right) for right in (False, True))
-    return z.shape[1] - (below + upto - 1).to(z.dtype) / 2
+    below, upto = torch.searchsorted(ascending, z), torch.searchsorted(ascending, z, right=True)
+    return below, upto.minimum(at.mask.sum(dim=1, keepdim=True))  # of padding, which stands last, all items
 
 
 def dftopk(scores: Tensor, labels: Labels, mask: Tensor, *, k: int | None = None, tau: float = 1.0) -> Tensor:
@@ -238,12 +244,17 @@ def dftopk(scores: Tensor, labels: Labels, mask: Tensor, *, k: int | None = None
     first, count = _wanted(at, k)
     length = mask.sum(dim=1, keepdim=True)
     cuts = (count > 0) & (count < length)  # (b, 1)
-    ranked = at.z.masked_fill(~mask, -math.inf).sort(dim=1, descending=True).values
-    last = (count - 1).clamp(0, at.z.shape[1] - 1)
-    edge = ranked.gather(1, last) + ranked.gather(1, (last + 1).clamp_max(at.z.shape[1] - 1))
-    logit = (at.z - torch.where(cuts, edge / 2, 0.0)) / tau
+    ranked = at.z.detach().masked_fill(~mask, -math.inf).sort(dim=1, descending=True).values
+    kept, dropped = (_holder(at, ranked.gather(1, (count + step).clamp(0, ranked.shape[1] - 1))) for step in (-1, 0))
+    logit = (at.z - (kept + dropped) / 2) / tau
     cost = functional.binary_cross_entropy_with_logits(logit, first, reduction="none")
     return _mean(at, cost.masked_fill(~(mask & cuts), 0.0).sum(dim=1), length.squeeze(1))
+
+
+def _holder(at: _Lists, value: Tensor) -> Tensor:
+    """(b, 1): a score of each list as its holder's, the mean of all who have it, so that none is picked by place."""
+    holds = at.mask & (at.z.detach() == value)
+    return (at.z * holds).sum(dim=1, keepdim=True) / holds.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def _wanted(at: _Lists, k: int | None) -> tuple[Tensor, Tensor]:
@@ -576,15 +587,14 @@ def _log_neuralsort(at: _Lists, tau: float) -> Tensor:
 
 
 def _apart(at: _Lists) -> Tensor:
-    """(b, n): sum_i |z_j - z_i| over the items of a list, from running sums of the sorted scores."""
+    """(b, n): sum_i |z_j - z_i| over the items of a list, in O(n log n). Equal scores do not push each other."""
     count = at.mask.sum(dim=1, keepdim=True)
     mean = at.z.detach().sum(dim=1, keepdim=True) / count.clamp_min(1)  # what all share would only cost digits
-    z, order = (at.z - mean).masked_fill(~at.mask, math.inf).sort(dim=1)
-    z = z.masked_fill(torch.arange(z.shape[1], device=z.device) >= count, 0.0)  # padding, last
-    upto = z.cumsum(dim=1)
-    place = torch.arange(1, z.shape[1] + 1, device=z.device)  # items up to and with this one
-    below, above = place * z - upto, (upto[:, -1:] - upto) - (count - place) * z
-    return torch.zeros_like(z).scatter(1, order, below + above)
+    z = (at.z - mean).masked_fill(~at.mask, 0.0)
+    order = z.masked_fill(~at.mask, math.inf).argsort(dim=1)  # padding, which adds nothing, last
+    sums = functional.pad(z.gather(1, order).cumsum(dim=1), (1, 0))  # (b, n + 1): of the lowest 0, 1, .. n
+    below, upto = _counts(at)
+    return (below + upto - count) * z - sums.gather(1, below) + sums[:, -1:] - sums.gather(1, upto)
 
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {

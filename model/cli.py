@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from model.train import Progress, Recipe
 
 CUTS = (5, 10, 20, 50, 100)
-NETWORK_NAMES = "ranktower, two_tower, lr"  # of model/networks.py and model/losses.py, which import torch
+NETWORK_NAMES = (
+    "ranktower, two_tower, lr, dat, inttower, cold"  # of model/networks.py and model/losses.py, which import torch
+)
 LOSS_NAMES = (
     "am_rankmax, approx_ndcg, arf, bce, dftopk, distillation, hybrid, lambdaloss, ranknet, rankmax, softmax, softsort"
 )
@@ -53,9 +55,9 @@ def busy(what: str) -> Iterator[None]:
 
 @app.command()
 def data(
-    source: Annotated[str, typer.Argument(help="movielens, kuairand, or a folder with KuaiRand's files or a log.")],
+    source: Annotated[str, typer.Argument(help="A data set (docs/data.md), or a folder with its files or a log.")],
     out: Out,
-    folder: Annotated[Path | None, typer.Option("--from", help="Folder with the files of a named data set.")] = None,
+    folder: Annotated[Path | None, typer.Option("--from", help="A named data set's folder, or settings file.")] = None,
 ) -> None:
     """Bring logs into the documented form, check them, and say what was read and what was dropped."""
     with mending():
@@ -72,7 +74,7 @@ def data(
 
 
 def convert(source: str, folder: Path | None, out: Path) -> Path:
-    """The log folder made from a data set's name, or a folder: a log in the documented form, or KuaiRand's files."""
+    """The log folder made from a data set's name, or a folder: a log in the documented form, or a data set's files."""
     from model.datasets import DATASETS, adopt
 
     if source in DATASETS:

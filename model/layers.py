@@ -134,6 +134,25 @@ def _entries(index: Tensor) -> Tensor:
     return torch.cat([mask[:, :1] | empty, mask[:, 1:]], dim=1)
 
 
+class LightSE(nn.Module):
+    """E + E * softmax(W mean(E)): one weight per field, from the mean of each field; Li et al., CIKM 2022."""
+
+    members: Tensor  # (D, M) 1/size where a unit belongs to a field: x @ members are the fields' means
+    spread: Tensor  # (D,) the field of each unit
+
+    def __init__(self, sizes: Sequence[int]) -> None:  # floats of each field in x
+        super().__init__()
+        spread = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        members = functional.one_hot(spread, len(sizes)) / torch.tensor(sizes)
+        self.register_buffer("spread", spread, persistent=False)
+        self.register_buffer("members", members, persistent=False)
+        self.w = nn.Linear(len(sizes), len(sizes), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (b, D) -> (b, D)
+        weights = wide(self.w(x @ self.members)).softmax(dim=1)  # (b, M)
+        return x + x * weights[:, self.spread]
+
+
 # --- multi-head gated network ----------------------------------------------------------------------------------------
 
 

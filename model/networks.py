@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from kernel.head import ITEM_PARTS, USER_PARTS, HeadKind, HeadSpec
 from model.errors import SpecError
 from model.features import FeatureSpec
+from model.features import Tower as TowerName
 from model.layers import (
+    EMBEDDING_STD,
     Direction,
     GatedCrossAttention,
     GatedHeads,
     InputGate,
     Inputs,
+    LightSE,
     MaximumSimilarity,
     Tables,
     attended_similarity,
@@ -24,6 +28,7 @@ from model.layers import (
     unit,
     wide,
 )
+from model.regularisers import Batch, category_alignment, contrast, mimic
 
 
 class Network(nn.Module):
@@ -38,8 +43,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         for option, value in (("user_heads", user_heads), ("item_heads", item_heads), ("dim", dim)):
-            if value < 1:
-                raise SpecError(f"network option {option} is {value}: it must be at least 1")
+            _check_count(option, value)
         self.kind = kind
         self.user_shape = (USER_PARTS[kind], user_heads, dim)
         self.item_shape = (ITEM_PARTS[kind], item_heads, dim)
@@ -77,6 +81,27 @@ class Network(nn.Module):
                 similarity = dot_similarity(users[:, 0], *vectors)
             best = similarity.amax(dim=3).sum(dim=2) if self.similarity is None else self.similarity(similarity)
             return best + records[-1].squeeze(-1) if self.item_bias else best
+
+    def regulariser(self, batch: Batch) -> Tensor | None:
+        """A term of the network's own that training adds to the loss; None where it has none."""
+        return None
+
+
+def _check_count(option: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SpecError(f"network option {option} is {value}: it must be a whole number of at least 1")
+
+
+def _check_weight(option: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise SpecError(f"network option {option} is {value}: it must be a number of at least 0, 0 turns it off")
+
+
+def _check_hidden(hidden: object, *, least: int) -> None:
+    if not isinstance(hidden, (list, tuple)) or len(hidden) < least:
+        raise SpecError(f"network option hidden is {hidden}: it must list the widths of at least {least} layers")
+    for width in hidden:
+        _check_count("hidden", width)
 
 
 class Bias(nn.Module):
@@ -144,6 +169,7 @@ class TwoTower(Network):
 
 
 def _mlp(size: int, hidden: Sequence[int], out: int) -> nn.Sequential:
+    _check_hidden(hidden, least=0)
     layers: list[nn.Module] = [nn.LayerNorm(size)]
     for before, after in pairwise([size, *hidden]):
         layers += [nn.Linear(before, after), nn.ReLU()]
@@ -207,4 +233,185 @@ class RankTower(Network):
         return record if self.bias is None else torch.cat([record, self.bias(x)], dim=1)
 
 
-NETWORKS: dict[str, type[Network]] = {"lr": LR, "two_tower": TwoTower, "ranktower": RankTower}
+class DAT(Network):
+    """Dual augmented two-tower (Yu et al., DLP-KDD 2021): every user and item id has a vector a beside its fields.
+
+    a_u learns to be what the items that user took look like, the mean of |a_u - p_v|^2 over positive pairs, a_v the
+    reverse, and p stands still in it; item vectors of different categories are drawn to one covariance. Published are
+    the two towers with unit vectors and both terms with their weights. Ours: the scale and the item bias that TwoTower
+    has (unit dots span [-1, 1], too little for a margin; `scaled` and `item_bias` turn them off), and the choice of
+    categories: the field `category`, by default the first categorical or multi-valued one of the item but its id; of
+    several values the first counts.
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        *,
+        dim: int = 32,
+        hidden: Sequence[int] = (256, 128),
+        mimic: float = 0.5,
+        align: float = 1.0,
+        category: str | None = None,
+        categories: int = 10,
+        scaled: bool = True,
+        item_bias: bool = True,
+        dropout: float = 0.2,
+        field_dropout: float = 0.0,
+    ) -> None:
+        super().__init__("maxsim", user_heads=1, item_heads=1, dim=dim, item_bias=item_bias, scaled=scaled)
+        _check_weight("mimic", mimic)
+        _check_weight("align", align)
+        _check_count("categories", categories)
+        self.tables = Tables(spec)
+        self.user_inputs = Inputs(spec, "user", self.tables, dropout=dropout, field_dropout=field_dropout)
+        self.item_inputs = Inputs(spec, "item", self.tables, dropout=dropout)
+        self.user_augmented = Augmented(spec, "user", dim)
+        self.item_augmented = Augmented(spec, "item", dim)
+        self.user_mlp = _mlp(self.user_inputs.size + dim, hidden, dim)
+        self.item_mlp = _mlp(self.item_inputs.size + dim, hidden, dim)
+        self.bias = Bias(self.item_inputs.size) if item_bias else None
+        self.mimic, self.align, self.categories = mimic, align, categories
+        self.category = _category_column(spec, category) if align else None
+
+    def user(self, x: Tensor) -> Tensor:
+        return unit(self.user_mlp(torch.cat([self.user_inputs(self.tables, x), self.user_augmented(x)], dim=1)))
+
+    def item(self, x: Tensor) -> Tensor:
+        fields = self.item_inputs(self.tables, x)
+        record = unit(self.item_mlp(torch.cat([fields, self.item_augmented(x)], dim=1)))
+        return record if self.bias is None else torch.cat([record, self.bias(fields)], dim=1)
+
+    def regulariser(self, batch: Batch) -> Tensor | None:
+        p_v = batch.item[:, : self.item_shape[2]]  # (m, d), without the bias
+        terms = []
+        if self.mimic:
+            users, items = batch.pairs()
+            a_u = self.user_augmented(batch.users)[users]
+            a_v = self.item_augmented(batch.items)[items]
+            entries = batch.mask.sum()
+            terms += [self.mimic * mimic(a_u, p_v[items], entries), self.mimic * mimic(a_v, batch.user[users], entries)]
+        if self.category is not None:
+            terms.append(self.align * category_alignment(p_v, batch.items[:, self.category], most=self.categories))
+        return torch.stack(terms).sum() if terms else None
+
+
+class Augmented(nn.Module):
+    """One trained vector per id of a side: index rows (b, width) -> (b, d)."""
+
+    def __init__(self, spec: FeatureSpec, tower: TowerName, dim: int) -> None:
+        super().__init__()
+        name = spec.user_id_name if tower == "user" else spec.item_id_name
+        if name not in spec.columns(tower):
+            raise SpecError(
+                f"this network keeps a vector for each {tower} id, and {name!r} is no {tower} field: declare it as one"
+            )
+        field = next(field for field in spec.tower_fields(tower) if field.name == name)
+        self.column = spec.columns(tower)[name].start
+        self.vectors = nn.Embedding(spec.owner(field).size, dim)
+        nn.init.normal_(self.vectors.weight, std=EMBEDDING_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        vectors: Tensor = self.vectors(x[:, self.column])
+        return vectors
+
+
+def _category_column(spec: FeatureSpec, name: str | None) -> int:
+    """The column of an item's category: of the field of that name, else of the first that can be one."""
+    known = [f.name for f in spec.item_fields if f.kind in ("categorical", "multi") and f.name != spec.item_id_name]
+    if name is None and not known:
+        raise SpecError("network option align needs a category, and items have no such field: give align 0")
+    if name is not None and name not in known:
+        raise SpecError(f"network option category is {name!r}: use one of {', '.join(known)}, or give align 0")
+    column: int = spec.columns("item")[name or known[0]].start
+    return column
+
+
+class IntTower(Network):
+    """Towers that meet at every layer (Li et al., CIKM 2022): light-SE, the FE block, and the CIR term.
+
+    The FE block maps each layer h_l of the user's tower to Hu vectors and the item's last layer to Hi vectors:
+        s = sum_l sum_p max_q <u_lp, v_q>        raw dots
+    which is `maxsim` with layers x Hu user vectors (the kernel serves 32). CIR draws the last layers of a user and an
+    item that it took together: InfoNCE at `tau` among the batch's other positives. Published are the blocks, widths,
+    raw dots and tau; ours are Hu, Hi and d, the layer norm of the inputs, CIR's weight, its rivals (so that it costs a
+    pass of few items), and the item bias, off at first, for raw dots can tell popular items.
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        *,
+        user_heads: int = 4,
+        item_heads: int = 4,
+        dim: int = 32,
+        hidden: Sequence[int] = (300, 300, 128),
+        cir: float = 0.1,
+        tau: float = 0.07,
+        item_bias: bool = False,
+        dropout: float = 0.2,
+        field_dropout: float = 0.0,
+    ) -> None:
+        _check_hidden(hidden, least=1)
+        _check_count("user_heads", user_heads)
+        heads = len(hidden) * user_heads
+        super().__init__("maxsim", user_heads=heads, item_heads=item_heads, dim=dim, item_bias=item_bias, scaled=False)
+        _check_weight("cir", cir)
+        if not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
+            raise SpecError(f"network option tau is {tau}: it must be a number above 0")
+        self.tables = Tables(spec)
+        self.user_inputs = Inputs(spec, "user", self.tables, dropout=dropout, field_dropout=field_dropout)
+        self.item_inputs = Inputs(spec, "item", self.tables, dropout=dropout)
+        self.user_layers = Layers(self.user_inputs.sizes, hidden)
+        self.item_layers = Layers(self.item_inputs.sizes, hidden)
+        self.user_fe = nn.ModuleList(nn.Linear(width, user_heads * dim) for width in hidden)
+        self.item_fe = nn.Linear(hidden[-1], item_heads * dim)
+        self.bias = Bias(self.item_inputs.size) if item_bias else None
+        self.cir, self.tau = cir, tau
+
+    def user(self, x: Tensor) -> Tensor:
+        layers = self.user_layers(self.user_inputs(self.tables, x))
+        return wide(torch.cat([fe(h) for fe, h in zip(self.user_fe, layers, strict=True)], dim=1))
+
+    def item(self, x: Tensor) -> Tensor:
+        x = self.item_inputs(self.tables, x)
+        record = wide(self.item_fe(self.item_layers(x)[-1]))
+        return record if self.bias is None else torch.cat([record, self.bias(x)], dim=1)
+
+    def regulariser(self, batch: Batch) -> Tensor | None:
+        if not self.cir:
+            return None
+        users, items = batch.pairs()
+        liked, place = items.unique(return_inverse=True)  # type: ignore[no-untyped-call]  # (k,) rows of batch.items
+        likes = batch.mask.new_zeros(len(batch.users), len(liked))
+        likes[users, place] = True
+        user = self.user_layers(self.user_inputs(self.tables, batch.users))[-1]
+        item = self.item_layers(self.item_inputs(self.tables, batch.items[liked]))[-1]
+        return self.cir * contrast(user, item, likes, tau=self.tau)
+
+
+class Layers(nn.Module):
+    """Fields weighed by light-SE, then a tower that gives every layer's output: (b, D) -> [(b, width) each]."""
+
+    def __init__(self, sizes: Sequence[int], hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.se = LightSE(sizes)
+        self.norm = nn.LayerNorm(sum(sizes))
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise([sum(sizes), *hidden]))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h: Tensor = self.norm(self.se(x))
+        outputs = []
+        for layer in self.layers:
+            h = layer(h).relu()
+            outputs.append(h)
+        return outputs
+
+
+NETWORKS: dict[str, type[Network]] = {
+    "lr": LR,
+    "two_tower": TwoTower,
+    "dat": DAT,
+    "inttower": IntTower,
+    "ranktower": RankTower,
+}

@@ -39,6 +39,7 @@ from model.features import UNKNOWN, FeatureSpec
 from model.losses import ARF, LOSSES, Hybrid, Labels
 from model.metrics import METRICS, Calibration, calibrate, expected_calibration_error, rank, sigmoid
 from model.networks import Network
+from model.regularisers import Batch
 from model.requests import encode_items, encode_users, fit_log_spec, request_body, user_features
 from model.sampling import SAMPLERS, Lists, Sampler, TrainingSet, training_set
 from model.scoring import score_network
@@ -312,9 +313,13 @@ def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say
     steps = list(_batches(len(material.data), recipe, rng))
     for step, rows in enumerate(steps):
         say(f"epoch {epoch}", step, len(steps))
-        batch = sampler.draw(material.data, rows, rng)
-        scores, labels, mask = _forward(learner.network, material, recipe, rows, batch, rng)
+        drawn = sampler.draw(material.data, rows, rng)
+        scores, labels, batch = _forward(learner.network, material, recipe, rows, drawn, rng)
+        mask = batch.mask
         loss = learner.loss(scores, labels, mask)
+        own = learner.network.regulariser(batch)
+        if own is not None:
+            loss = loss + own
         _step(learner, loss, recipe.clip)
         total, lists, entries = total + float(loss.detach()) * len(rows), lists + len(rows), entries + int(mask.sum())
     seconds = time.perf_counter() - began
@@ -324,6 +329,7 @@ def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say
         "epoch": epoch,
         "loss": round(total / lists, 6),
         **_terms(learner.loss, scores, labels, mask),
+        **({} if own is None else {"regulariser": round(float(own.detach()), 6)}),
         **valid,
         "scale": round(learner.best.head().scale, 4),
         "seconds": round(seconds, 3),
@@ -341,24 +347,26 @@ def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[n
 
 
 def _forward(
-    network: Network, material: Material, recipe: Recipe, rows: np.ndarray, batch: Lists, rng: np.random.Generator
-) -> tuple[Tensor, Labels, Tensor]:
-    """Scores (b, n), labels and mask of a batch; the item tower runs once per distinct item."""
+    network: Network, material: Material, recipe: Recipe, rows: np.ndarray, drawn: Lists, rng: np.random.Generator
+) -> tuple[Tensor, Labels, Batch]:
+    """Scores (b, n), labels and vectors of the lists drawn; the item tower runs once per distinct item."""
     device = recipe.device
-    distinct, place = np.unique(batch.item, return_inverse=True)
-    users = _with_unknowns(material.users[rows], material.user_id, recipe.unknown_users, rng)
-    items = _with_unknowns(material.items[distinct], material.item_id, recipe.unknown_items, rng)
+    distinct, place = np.unique(drawn.item, return_inverse=True)
+    user_rows = _with_unknowns(material.users[rows], material.user_id, recipe.unknown_users, rng)
+    item_rows = _with_unknowns(material.items[distinct], material.item_id, recipe.unknown_items, rng)
+    users, items = torch.from_numpy(user_rows).to(device), torch.from_numpy(item_rows).to(device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        user = network.user(torch.from_numpy(users).to(device))
-        item = network.item(torch.from_numpy(items).to(device))
-    chosen = torch.from_numpy(place.reshape(batch.item.shape)).to(device)
+        user, item = network.user(users), network.item(items)
+    chosen = torch.from_numpy(place.reshape(drawn.item.shape)).to(device)
     scores = network.score(user, functional.embedding(chosen, item))
     labels = Labels(
-        grade=torch.from_numpy(batch.grade.astype(np.float32)).to(device),
-        soft=torch.from_numpy(batch.soft).to(device),
-        impression=torch.from_numpy(batch.stage == IMPRESSION).to(device),
+        grade=torch.from_numpy(drawn.grade.astype(np.float32)).to(device),
+        soft=torch.from_numpy(drawn.soft).to(device),
+        impression=torch.from_numpy(drawn.stage == IMPRESSION).to(device),
     )
-    return scores, labels, torch.from_numpy(batch.mask).to(device)
+    mask = torch.from_numpy(drawn.mask).to(device)
+    positive = (labels.grade > 0) & mask
+    return scores, labels, Batch(users, items, user, item, chosen, positive, mask)
 
 
 def _with_unknowns(rows: np.ndarray, column: slice | None, share: float, rng: np.random.Generator) -> np.ndarray:

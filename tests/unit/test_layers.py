@@ -18,6 +18,7 @@ from model.layers import (
     GatedHeads,
     HeadLinear,
     Inputs,
+    LightSE,
     MaximumSimilarity,
     MeanPooling,
     Tables,
@@ -111,6 +112,17 @@ def test_a_tower_without_fields_is_refused() -> None:
     spec = FeatureSpec((TAGS,), "int", "int")
     with pytest.raises(SpecError, match="the user tower has no fields"):
         Inputs(spec, "user", Tables(spec))
+
+
+def test_light_se_adds_to_each_field_its_share_of_a_softmax_over_fields() -> None:
+    sizes = [2, 4, 3]
+    se, x = LightSE(sizes).double(), torch.randn(5, 9, dtype=torch.double)
+    for row, found in zip(x, se(x), strict=True):
+        fields = row.split(sizes)
+        logits = se.w.weight @ torch.stack([field.mean() for field in fields])
+        weights = [math.exp(one) / sum(map(math.exp, logits.tolist())) for one in logits.tolist()]
+        expected = torch.cat([field + field * weight for field, weight in zip(fields, weights, strict=True)])
+        torch.testing.assert_close(found, expected)
 
 
 # --- gated heads -----------------------------------------------------------------------------------------------------

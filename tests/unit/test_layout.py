@@ -41,7 +41,10 @@ ONE_DOOR = {  # third-party engine: where alone it may be imported
 }
 TORCH_ROOMS = tuple(
     f"model/{room}.py"
-    for room in ("layers", "fused", "networks", "losses", "scoring", "checkpoint", "train", "evaluate", "export")
+    for room in (
+        *("layers", "fused", "networks", "regularisers", "losses", "scoring", "checkpoint", "train", "evaluate"),
+        "export",
+    )
 )
 
 

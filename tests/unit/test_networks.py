@@ -16,7 +16,8 @@ from model.errors import SpecError
 from model.export import OPSET
 from model.features import FeatureSpec, Field
 from model.losses import Labels, softmax
-from model.networks import LR, NETWORKS, Network, RankTower, TwoTower
+from model.networks import DAT, LR, NETWORKS, IntTower, Network, RankTower, TwoTower
+from model.regularisers import Batch, category_alignment, contrast, mimic
 
 SPEC = FeatureSpec(
     (
@@ -31,7 +32,11 @@ SPEC = FeatureSpec(
     "string",
     "int",
 )
-SMALL: dict[str, dict[str, Any]] = {"ranktower": {"dim": 8, "hidden": 16, "gate_hidden": 4}}
+SMALL: dict[str, dict[str, Any]] = {
+    "ranktower": {"dim": 8, "hidden": 16, "gate_hidden": 4},
+    "dat": {"dim": 8, "hidden": [16]},
+    "inttower": {"dim": 8, "hidden": [16, 12]},
+}
 SWITCHES: list[dict[str, Any]] = [
     {"item_bias": False},
     {"input_gate": "fields"},
@@ -44,8 +49,11 @@ SWITCHES: list[dict[str, Any]] = [
     {"tied_values": True, "direction": "item", "user_heads": 8, "item_heads": 1},
     {"user_heads": 2, "item_heads": 3},
 ]
+LR_OF = {"inttower": 0.005}  # raw dots of three factors overshoot where cosines cannot
 VARIANTS = [(name, {}) for name in NETWORKS] + [("ranktower", options) for options in SWITCHES]
 VARIANTS += [("two_tower", {"item_bias": False, "hidden": []})]
+VARIANTS += [("dat", {"item_bias": False, "scaled": False, "mimic": 0, "align": 0, "hidden": []})]
+VARIANTS += [("inttower", {"user_heads": 1, "item_heads": 3, "hidden": [9, 8, 7], "item_bias": True, "cir": 0})]
 
 
 def network(name: str, **options: Any) -> Network:
@@ -69,11 +77,11 @@ def lists(net: Network, b: int = 4, n: int = 6) -> tuple[Tensor, Tensor]:
     return net.user(rows("user", b)), net.item(rows("item", b * n)).view(b, n, -1)
 
 
-def train(net: Network, user: Tensor, item: Tensor, grade: Tensor, steps: int) -> Tensor:
+def train(net: Network, user: Tensor, item: Tensor, grade: Tensor, steps: int, lr: float = 0.02) -> Tensor:
     """Scores (b, n) after so many steps of multi-positive softmax."""
     everywhere = torch.ones_like(grade, dtype=torch.bool)
     labels = Labels(grade, torch.zeros(grade.shape), everywhere)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
         softmax(score_lists(net, user, item), labels, everywhere).backward()
@@ -139,7 +147,7 @@ def test_it_overfits_a_tiny_set_of_lists(name: str) -> None:
     liked_by_all = torch.arange(8) % 4 == 1
     own = torch.eye(6, 8).roll(1, dims=1).bool()
     grade = (liked_by_all.expand(6, 8) if name == "lr" else own).int()
-    scores = train(network(name), user, item, grade, steps=60)
+    scores = train(network(name), user, item, grade, steps=60, lr=LR_OF.get(name, 0.02))
     worst, best = scores.masked_fill(grade == 0, 99).amin(dim=1), scores.masked_fill(grade > 0, -99).amax(dim=1)
     assert (worst > best).all()
 
@@ -219,7 +227,7 @@ def test_two_tower_scores_are_gamma_times_a_cosine() -> None:
     torch.testing.assert_close(net.score(user, item), net.head().scale * cosine)
 
 
-@pytest.mark.parametrize("name", ["two_tower", "ranktower"])
+@pytest.mark.parametrize("name", ["two_tower", "dat", "ranktower"])
 def test_the_item_bias_starts_at_zero_and_is_added_to_the_score(name: str) -> None:
     net = network(name)
     user, item = lists(net)
@@ -242,11 +250,127 @@ def test_the_head_follows_the_learned_temperature() -> None:
 
 
 def test_evaluation_mode_is_deterministic_and_training_mode_drops() -> None:
-    for name in ("two_tower", "ranktower"):
+    for name in ("two_tower", "dat", "inttower", "ranktower"):
         net, x = network(name, dropout=0.5, field_dropout=0.5), rows("user", 20)
         assert not torch.equal(net.user(x), net.user(x))
         net.eval()
         assert torch.equal(net.user(x), net.user(x))
+
+
+def test_inttower_adds_the_best_raw_dots_of_every_user_layer() -> None:
+    net = network("inttower", user_heads=2, item_heads=3)
+    assert isinstance(net, IntTower)
+    user, item = rows("user", 4), rows("item", 4)
+    with torch.no_grad():
+        layers = net.user_layers(net.user_inputs(net.tables, user))
+        last = net.item_layers(net.item_inputs(net.tables, item))[-1]
+        v = net.item_fe(last).view(4, 3, 8)
+        expected = torch.zeros(4, 4)
+        for h, fe in zip(layers, net.user_fe, strict=True):
+            u = fe(h).view(4, 2, 8)
+            expected += torch.einsum("bpd,nqd->bnpq", u, v).amax(dim=3).sum(dim=2)
+        found = net.score(net.user(user), net.item(item).expand(4, -1, -1))
+    torch.testing.assert_close(found, expected)
+    assert net.head().user_heads == len(layers) * 2
+    assert net.head().scale == 1.0
+
+
+def test_dat_reads_a_vector_of_its_own_for_every_id() -> None:
+    net = network("dat")
+    assert isinstance(net, DAT)
+    x, y = rows("user", 1, seed=4).repeat(2, 1), rows("item", 1, seed=4).repeat(2, 1)
+    user_id, item_id = (SPEC.columns(tower)[f"{tower}_id"].start for tower in ("user", "item"))  # type: ignore[arg-type]
+    x[:, user_id], y[:, item_id] = torch.tensor([2, 3]), torch.tensor([4, 5])
+    torch.testing.assert_close(net.user_augmented(x), net.user_augmented.vectors.weight[[2, 3]])
+    torch.testing.assert_close(net.item_augmented(y), net.item_augmented.vectors.weight[[4, 5]])
+    before = net.user(x).detach()
+    net.user_augmented.vectors.weight.data[3] += 1.0
+    changed = (net.user(x) != before).any(dim=1)
+    assert changed.tolist() == [False, True]
+
+
+# --- what a network adds to the loss ---------------------------------------------------------------------------------
+
+
+def batch_of(net: Network, b: int = 5, n: int = 4) -> Batch:
+    """b lists over 12 distinct items; each list's first entry is positive, the last entry of list 0 is padding."""
+    users, items = rows("user", b, seed=1), rows("item", 12, seed=2)
+    place = torch.from_numpy(np.random.default_rng(3).integers(0, 12, (b, n)))
+    mask = torch.ones(b, n, dtype=torch.bool)
+    mask[0, -1] = False
+    positive = torch.zeros(b, n, dtype=torch.bool)
+    positive[:, 0] = True
+    return Batch(users, items, net.user(users), net.item(items), place, positive, mask)
+
+
+def gradients(net: Network) -> set[str]:
+    """The parameters that the network's own term moves, by the first part of their name."""
+    net.zero_grad()
+    own = net.regulariser(batch_of(net))
+    assert own is not None
+    own.backward()  # type: ignore[no-untyped-call]
+    moved = [name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()]
+    return {name.partition(".")[0] for name in moved}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("lr", {}), ("two_tower", {}), ("ranktower", {}), ("dat", {"mimic": 0, "align": 0}), ("inttower", {"cir": 0})],
+)
+def test_a_network_without_a_term_of_its_own_adds_none(name: str, options: dict[str, Any]) -> None:
+    net = network(name, **options)
+    assert net.regulariser(batch_of(net)) is None
+
+
+def test_dat_s_mimic_term_moves_the_augmented_vectors_alone() -> None:
+    assert gradients(network("dat", align=0)) == {"user_augmented", "item_augmented"}
+    net = network("dat", align=0, mimic=0.25)
+    assert isinstance(net, DAT)
+    batch = batch_of(net)
+    users, items = batch.pairs()
+    a_u, a_v = net.user_augmented(batch.users)[users], net.item_augmented(batch.items)[items]
+    entries = batch.mask.sum()
+    p_u, p_v = batch.user[users], batch.item[items, :-1]
+    own = net.regulariser(batch)
+    assert own is not None
+    torch.testing.assert_close(own, 0.25 * (mimic(a_u, p_v, entries) + mimic(a_v, p_u, entries)))
+
+
+def test_dat_s_alignment_moves_the_item_side_alone_and_reads_the_category_that_is_named() -> None:
+    assert gradients(network("dat", mimic=0)) == {"tables", "item_mlp", "item_augmented"}
+    net = network("dat", mimic=0, align=2.0, category="tags", categories=3)
+    assert isinstance(net, DAT)
+    batch = batch_of(net)
+    tags = batch.items[:, SPEC.columns("item")["tags"].start]
+    own = net.regulariser(batch)
+    assert own is not None
+    torch.testing.assert_close(own, 2.0 * category_alignment(batch.item[:, :-1], tags, most=3))
+    assert own > 0
+
+
+def test_inttower_s_term_contrasts_the_last_layers_of_users_and_the_items_that_they_took() -> None:
+    assert gradients(network("inttower")) == {"tables", "user_inputs", "user_layers", "item_layers"}
+    net = network("inttower", cir=0.5, tau=0.2)
+    assert isinstance(net, IntTower)
+    batch = batch_of(net)
+    users, items = batch.pairs()
+    likes = torch.zeros(5, 12, dtype=torch.bool)
+    likes[users, items] = True
+    liked = likes.any(dim=0)
+    user = net.user_layers(net.user_inputs(net.tables, batch.users))[-1]
+    item = net.item_layers(net.item_inputs(net.tables, batch.items))[-1]
+    own = net.regulariser(batch)
+    assert own is not None
+    torch.testing.assert_close(own, 0.5 * contrast(user, item[liked], likes[:, liked], tau=0.2))
+
+
+@pytest.mark.parametrize("name", ["dat", "inttower"])
+def test_a_batch_without_a_positive_costs_nothing(name: str) -> None:
+    net = network(name, **({"align": 0} if name == "dat" else {}))
+    batch = batch_of(net)
+    own = net.regulariser(batch._replace(positive=torch.zeros_like(batch.positive)))
+    assert own is not None
+    assert own == 0
 
 
 @pytest.mark.parametrize(
@@ -261,3 +385,36 @@ def test_evaluation_mode_is_deterministic_and_training_mode_drops() -> None:
 def test_a_wrong_option_is_named(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SpecError, match=complaint):
         RankTower(SPEC, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("two_tower", {"hidden": 64}, "hidden is 64: it must list the widths"),
+        ("dat", {"hidden": [64, 0]}, "hidden is 0: it must be a whole number of at least 1"),
+        ("dat", {"mimic": -1}, "mimic is -1: it must be a number of at least 0"),
+        ("dat", {"align": "much"}, "align is much: it must be a number"),
+        ("dat", {"categories": 0}, "categories is 0"),
+        ("dat", {"category": "price"}, "category is 'price': use one of tags, or give align 0"),
+        ("dat", {"dim": 2.5}, "dim is 2.5"),
+        ("inttower", {"hidden": []}, "hidden is .*: it must list the widths of at least 1 layers"),
+        ("inttower", {"user_heads": 0}, "user_heads is 0"),
+        ("inttower", {"item_heads": -1}, "item_heads is -1"),
+        ("inttower", {"cir": float("nan")}, "cir is nan"),
+        ("inttower", {"tau": 0}, "tau is 0: it must be a number above 0"),
+        ("inttower", {"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_a_wrong_option_of_the_rivals_is_named(name: str, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(SpecError, match=complaint):
+        network(name, **options)
+
+
+def test_dat_without_ids_or_categories_says_what_to_do() -> None:
+    without_user = FeatureSpec(SPEC.fields[1:], "string", "int")
+    with pytest.raises(SpecError, match="keeps a vector for each user id, and 'user_id' is no user field: declare it"):
+        DAT(without_user)
+    without_tags = FeatureSpec(tuple(field for field in SPEC.fields if field.name != "tags"), "string", "int")
+    with pytest.raises(SpecError, match="align needs a category, and items have no such field: give align 0"):
+        DAT(without_tags)
+    assert DAT(without_tags, align=0).category is None

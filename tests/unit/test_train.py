@@ -203,10 +203,24 @@ def test_fixed_steps_bound_an_epoch(log: Log, tmp_path: Path) -> None:
     assert ("epoch 1", 3) in seen
 
 
-@pytest.mark.parametrize("network", ["lr", "two_tower"])
+@pytest.mark.parametrize("network", ["lr", "two_tower", "dat", "inttower"])
 def test_the_other_networks_train_too(log: Log, tmp_path: Path, network: str) -> None:
     metrics = train(log, tmp_path / "run", replace(TINY, network=network, options={}, epochs=1))
     assert np.isfinite(metrics["model"]["ndcg@10"]["mean"])
+    assert ("regulariser" in lines(tmp_path / "run")[0]) == (network in ("dat", "inttower"))
+
+
+def test_a_network_s_own_term_is_added_to_the_loss(log: Log, tmp_path: Path) -> None:
+    recipe = replace(TINY, network="dat", epochs=1, steps=1)
+    options = {"hidden": [16], "dim": 8, "align": 0.0}
+    found = {}
+    for name, weight in (("off", 0.0), ("on", 50.0)):
+        train(log, tmp_path / name, replace(recipe, options={**options, "mimic": weight}))
+        found[name] = lines(tmp_path / name)[0]
+    assert found["on"]["regulariser"] > 0
+    assert found["on"]["loss"] == pytest.approx(found["off"]["loss"] + found["on"]["regulariser"], abs=1e-5)
+    on, off = weights(tmp_path / "on"), weights(tmp_path / "off")
+    assert not torch.equal(on["user_augmented.vectors.weight"], off["user_augmented.vectors.weight"])
 
 
 @pytest.mark.parametrize("form", [{"stages": True}, {"string_ids": True}, {"history": 0}, {"teacher": True}])

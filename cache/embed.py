@@ -40,7 +40,7 @@ from cache.release import (
 from cache.snapshot import Snapshot, SnapshotWriter
 from kernel.record import RecordLayout
 from kernel.reference import mix
-from model.bundle import FILES, Bundle, open_bundle
+from model.bundle import Bundle, open_bundle
 from model.folders import replacing_folder
 from model.tower import EMBED_BATCH, Tower
 
@@ -268,7 +268,7 @@ def run_parallel(tower: Tower, pool: Executor, workers: int, features: NDArray[n
 
 def _copy_bundle(bundle: Bundle, target: Path) -> None:
     target.mkdir()
-    for name in ("manifest.json", *FILES):
+    for name in ("manifest.json", *bundle.files):
         shutil.copyfile(bundle.folder / name, target / name)
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 HeadKind = Literal["maxsim", "cross_attention", "onnx"]
 
-USER_PARTS: dict[str, int] = {"maxsim": 1, "cross_attention": 5}  # E | E V G A B
-ITEM_PARTS: dict[str, int] = {"maxsim": 1, "cross_attention": 3}  # E | E V G
+USER_PARTS: dict[str, int] = {"maxsim": 1, "cross_attention": 5, "onnx": 1}  # E | E V G A B | whatever the graph reads
+ITEM_PARTS: dict[str, int] = {"maxsim": 1, "cross_attention": 3, "onnx": 1}  # E | E V G | whatever the graph reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +16,8 @@ class HeadSpec:
     """How one user record and one item record become a score.
 
     A user record is `USER_PARTS` matrices (user_heads, dim), flat; an item record is `ITEM_PARTS` matrices
-    (item_heads, dim), flat, and one float for the item's bias when `item_bias` is set.
+    (item_heads, dim), flat, and one float for the item's bias when `item_bias` is set. No kernel scores `onnx`, which
+    has a graph of its own; its records are user_heads and item_heads floats, dim 1.
     """
 
     kind: HeadKind

@@ -4,6 +4,7 @@ manifest.json     format, id, network, head, calibration, metrics, versions, git
 spec.json         the fitted FeatureSpec
 user.onnx         (b, user width) int32 -> (b, user record) float32
 item.onnx         (b, item width) int32 -> (b, item record) float32
+head.onnx         (1, user record), (n, item record) -> (n,) float32; only of a head of kind `onnx`
 probe.safetensors golden inputs and outputs, recomputed at every load
 warmup.json       recorded request bodies, replayed before a service is ready
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from kernel.head import HeadSpec
 from kernel.reference import score
 from model.errors import BundleError
 from model.features import FeatureSpec
-from model.tower import Tower
+from model.tower import GraphHead, Tower
+
+Scorer = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]  # user, items -> scores
 
 FORMAT = 1
 FILES = ("spec.json", "user.onnx", "item.onnx", "probe.safetensors", "warmup.json")
+HEAD_FILE = "head.onnx"
 PROBE_TOLERANCE = 1e-4  # other instruction sets round differently
 
 
@@ -74,6 +78,15 @@ class Bundle:
     def item_tower(self, *, threads: int = 1) -> Tower:
         return self._tower("item", self.spec.item_width, self.head.item_size, threads)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all files but the manifest."""
+        return files_of(self.manifest)
+
+    def scorer(self, *, threads: int = 1) -> Scorer:
+        """What scores: the reference of the kernels, or the head's own graph."""
+        return open_scorer(self.folder, self.head, threads=threads)
+
     def _tower(self, name: str, width: int, size: int, threads: int) -> Tower:
         tower = Tower(self.folder / f"{name}.onnx", threads=threads)
         if (tower.width, tower.size) != (width, size):
@@ -87,7 +100,8 @@ class Bundle:
         """Recompute the golden outputs; raise BundleError when they differ by more than 1e-4 of their size."""
         probe = read_probe(self.folder)
         user_records, item_records = user.run(probe["user_features"]), item.run(probe["item_features"])
-        scores = np.stack([score(self.head, record, item_records) for record in user_records])
+        scorer = self.scorer()
+        scores = np.stack([scorer(record, item_records) for record in user_records])
         for name, found in (("user_records", user_records), ("item_records", item_records), ("scores", scores)):
             difference = largest_difference(found, probe[name])
             if not difference <= PROBE_TOLERANCE:
@@ -95,6 +109,19 @@ class Bundle:
                     f"bundle {self.id}: {name} of the probe differ by {difference:.1e} on this machine "
                     f"(allowed {PROBE_TOLERANCE:.0e}): do not serve it; export again or report the library versions"
                 )
+
+
+def open_scorer(folder: Path, head: HeadSpec, *, threads: int = 1) -> Scorer:
+    """The scorer of the bundle in `folder`; BundleError when its graph reads other records than the head names."""
+    if head.kind != "onnx":
+        return partial(score, head)
+    graph = GraphHead(folder / HEAD_FILE, threads=threads)
+    if (graph.user_size, graph.item_size) != (head.user_size, head.item_size):
+        raise BundleError(
+            f"bundle {folder}: {HEAD_FILE} reads {graph.user_size} and {graph.item_size} floats, "
+            f"the manifest says {head.user_size} and {head.item_size}: export the bundle again"
+        )
+    return graph
 
 
 def largest_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -113,9 +140,16 @@ def read_probe(folder: Path) -> dict[str, NDArray[Any]]:
         raise BundleError(f"{folder}/probe.safetensors cannot be read ({error}): export the bundle again") from error
 
 
+def files_of(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which files a bundle of this manifest holds beside it."""
+    head = manifest["head"]
+    own_graph = isinstance(head, Mapping) and head.get("kind") == "onnx"
+    return (*FILES, HEAD_FILE) if own_graph else FILES
+
+
 def seal_bundle(folder: Path, manifest: Mapping[str, Any]) -> str:
     """Write manifest.json over the files already in `folder`; returns the bundle's id, the hash of its content."""
-    hashes = {name: hash_file(folder / name) for name in FILES}
+    hashes = {name: hash_file(folder / name) for name in files_of(manifest)}
     body = {**manifest, "format": FORMAT, "files": hashes}
     bundle_id = _content_id(body)
     (folder / "manifest.json").write_text(json.dumps({**body, "id": bundle_id}, indent=2, sort_keys=True))
@@ -125,7 +159,7 @@ def seal_bundle(folder: Path, manifest: Mapping[str, Any]) -> str:
 def open_bundle(folder: Path) -> Bundle:
     """Check every hash and open. Raises BundleError naming the file that is missing or changed."""
     manifest = _read_manifest(folder)
-    for name in FILES:
+    for name in files_of(manifest):
         path = folder / name
         if not path.is_file():
             raise BundleError(f"bundle {folder}: {name} is missing: copy or export the bundle again")

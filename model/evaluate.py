@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kernel.head import HeadSpec
-from kernel.reference import score
-from model.bundle import open_bundle
+from model.bundle import Scorer, open_bundle
 from model.datasets.log import IMPRESSION, SPLITS, TEST, Log
 from model.errors import DataError
 from model.features import HISTORY, FeatureSpec
@@ -85,9 +83,9 @@ def baselines(log: Log, held: HeldOut) -> dict[str, np.ndarray]:
     return {"popularity": popularity(log)[items], "random": np.zeros(items.shape)}
 
 
-def score_records(head: HeadSpec, user: np.ndarray, item: np.ndarray, held: HeldOut) -> np.ndarray:
-    """Scores (L, n) float32 by the serving reference: user (L, Ru), item (I, Ri) records."""
-    rows = [score(head, record, item[items]) for record, items in zip(user, held.lists.item, strict=True)]
+def score_records(scorer: Scorer, user: np.ndarray, item: np.ndarray, held: HeldOut) -> np.ndarray:
+    """Scores (L, n) float32 as a service computes them: user (L, Ru), item (I, Ri) records."""
+    rows = [scorer(record, item[items]) for record, items in zip(user, held.lists.item, strict=True)]
     return np.stack(rows)
 
 
@@ -111,7 +109,7 @@ def evaluate_bundle(bundle: Path, log: Log, **options: Any) -> dict[str, Any]:
     def scorer(held: HeldOut) -> np.ndarray:
         user = opened.user_tower().embed(encode_users(opened.spec, log, held.requests))
         item = opened.item_tower().embed(encode_items(opened.spec, log))
-        return score_records(opened.head, user, item, held)
+        return score_records(opened.scorer(), user, item, held)
 
     return report(log, opened.spec, opened.manifest["network"]["name"], scorer, **options)
 

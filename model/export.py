@@ -6,6 +6,7 @@ import logging
 import platform
 import subprocess
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from kernel.head import HeadSpec
-from kernel.reference import score
-from model.bundle import open_bundle, seal_bundle
+from model.bundle import HEAD_FILE, open_bundle, open_scorer, seal_bundle
 from model.checkpoint import load_checkpoint, read_json
 from model.errors import BundleError
 from model.features import FeatureSpec
@@ -26,7 +26,7 @@ from model.features import Tower as TowerName
 from model.folders import replacing_folder
 from model.fused import fused
 from model.networks import Network
-from model.tower import INPUT, OUTPUT, Tower
+from model.tower import HEAD_INPUTS, HEAD_OUTPUT, INPUT, OUTPUT, Tower
 
 TOLERANCE = 1e-4
 PROBE_USERS, PROBE_ITEMS = 4, 64
@@ -47,6 +47,17 @@ class _Graph(nn.Module):
         return record
 
 
+class _HeadGraph(nn.Module):
+    """network.score of one user as a module."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, user: Tensor, items: Tensor) -> Tensor:  # (1, Ru), (n, Ri) -> (n,)
+        return self.network.score(user, items.unsqueeze(0)).squeeze(0)
+
+
 def export_bundle(run: Path, out: Path) -> str:
     """Export the checkpoint in folder `run` to the bundle folder `out`; returns the bundle's id.
 
@@ -60,6 +71,8 @@ def export_bundle(run: Path, out: Path) -> str:
         for tower in ("user", "item"):
             write_graph(served, tower, width(spec, tower), folder / f"{tower}.onnx")
         head: HeadSpec = network.head()
+        if head.kind == "onnx":
+            write_head(network, head, folder / HEAD_FILE)
         probe = make_probe(network, spec, head, folder)
         save_file(probe, folder / "probe.safetensors")
         spec.save(folder / "spec.json")
@@ -77,21 +90,39 @@ def width(spec: FeatureSpec, tower: TowerName) -> int:
 def write_graph(network: Network, tower: TowerName, columns: int, path: Path) -> None:
     """Trace network.user or network.item to ONNX with a free batch dimension."""
     example = torch.zeros((2, columns), dtype=torch.int32)
+    graph = _Graph(network, tower)
+    _trace(graph, (example,), ([INPUT], [OUTPUT]), ({0: torch.export.Dim("batch")},), path)
+
+
+def write_head(network: Network, head: HeadSpec, path: Path) -> None:
+    """Trace network.score to ONNX for one user and a free number of items."""
+    examples = torch.zeros(1, head.user_size), torch.zeros(2, head.item_size)
+    shapes: tuple[dict[int, Any], ...] = ({}, {0: torch.export.Dim("items")})
+    _trace(_HeadGraph(network), examples, (HEAD_INPUTS, [HEAD_OUTPUT]), shapes, path)
+
+
+def _trace(
+    graph: nn.Module,
+    examples: tuple[Tensor, ...],
+    names: tuple[Sequence[str], Sequence[str]],  # of inputs and outputs
+    shapes: tuple[dict[int, Any], ...],  # the free dimensions of each input
+    path: Path,
+) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about packages that are not needed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter deprecates its own internals
         program = torch.onnx.export(
-            _Graph(network, tower).eval(),
-            (example,),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            graph.eval(),
+            examples,
+            input_names=names[0],
+            output_names=names[1],
+            dynamic_shapes=shapes,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
     if program is None:
-        raise BundleError(f"the {tower} tower cannot be traced to ONNX: use operations that the exporter knows")
+        raise BundleError(f"{path.name} cannot be traced to ONNX: use operations that the exporter knows")
     program.save(path)
 
 
@@ -103,8 +134,8 @@ def make_probe(network: Network, spec: FeatureSpec, head: HeadSpec, folder: Path
         scores = network.score(records["user"], records["item"].expand(PROBE_USERS, -1, -1)).numpy()
     for name, rows in features.items():
         _agree(f"{name} tower", Tower(folder / f"{name}.onnx").run(rows), records[name].numpy())
-    items = records["item"].numpy()
-    _agree("score", np.stack([score(head, user, items) for user in records["user"].numpy()]), scores)
+    items, scorer = records["item"].numpy(), open_scorer(folder, head)
+    _agree("score", np.stack([scorer(user, items) for user in records["user"].numpy()]), scores)
     return {
         "user_features": features["user"],
         "item_features": features["item"],

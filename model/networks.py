@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from kernel.head import ITEM_PARTS, USER_PARTS, HeadKind, HeadSpec
 from model.errors import SpecError
-from model.features import FeatureSpec
+from model.features import FeatureSpec, Field
 from model.features import Tower as TowerName
 from model.layers import (
     EMBEDDING_STD,
@@ -85,6 +86,10 @@ class Network(nn.Module):
     def regulariser(self, batch: Batch) -> Tensor | None:
         """A term of the network's own that training adds to the loss; None where it has none."""
         return None
+
+    def importance(self) -> dict[str, float]:
+        """How much each group of features counts, from 0 to 1, for a network that weighs them; written every epoch."""
+        return {}
 
 
 def _check_count(option: str, value: object) -> None:
@@ -169,11 +174,15 @@ class TwoTower(Network):
 
 
 def _mlp(size: int, hidden: Sequence[int], out: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(size), *_relus(size, hidden, out))
+
+
+def _relus(size: int, hidden: Sequence[int], out: int) -> list[nn.Module]:
     _check_hidden(hidden, least=0)
-    layers: list[nn.Module] = [nn.LayerNorm(size)]
+    layers: list[nn.Module] = []
     for before, after in pairwise([size, *hidden]):
         layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear([size, *hidden][-1], out))
+    return [*layers, nn.Linear([size, *hidden][-1], out)]
 
 
 class RankTower(Network):
@@ -408,10 +417,145 @@ class Layers(nn.Module):
         return outputs
 
 
+class COLD(Network):
+    """One network over user, item and cross features of a pair (Wang et al., DLP-KDD 2020), served as `head.onnx`.
+
+    Records are embeddings; all else runs per pair, where v_1..v_M are the groups' embeddings, x all side by side:
+        s = sigmoid(W x + b)        one weight per group (the SE block)
+        z = MLP(LayerNorm(x) * s)
+    The paper keeps the K groups of largest mean weight and trains again: `importance` gives the means, the option
+    `groups` names those to keep. A group is a field, or `user field*item field`, the product of two embeddings of one
+    size. Published are the block, the widths and the selection; ours are the products, in place of crosses made by hand
+    (by default of fields that share a table, such as history*item_id), and the layer norm.
+    """
+
+    gate_mean: Tensor  # (M,) of s over the last 100 training batches or so
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        *,
+        groups: Sequence[str] | None = None,
+        hidden: Sequence[int] = (1024, 512, 256, 128, 64),
+        dropout: float = 0.2,
+        field_dropout: float = 0.0,
+    ) -> None:
+        chosen = Groups(spec, groups)
+        super().__init__(
+            "onnx",
+            user_heads=len(chosen.units["user"]),
+            item_heads=len(chosen.units["item"]),
+            dim=1,
+            item_bias=False,
+            scaled=False,
+        )
+        self.groups = chosen.names
+        self.tables = Tables(spec)
+        self.user_inputs = Inputs(spec, "user", self.tables, dropout=dropout, field_dropout=field_dropout)
+        self.item_inputs = Inputs(spec, "item", self.tables, dropout=dropout)
+        self.units = Places(user=chosen.units["user"], item=chosen.units["item"])
+        self.alone = Places(user=chosen.alone["user"], item=chosen.alone["item"])
+        self.crossed = Places(user=chosen.crossed["user"], item=chosen.crossed["item"])
+        size = sum(chosen.sizes)
+        self.spread: Tensor
+        spread = torch.repeat_interleave(torch.arange(len(chosen.names)), torch.tensor(chosen.sizes))
+        self.register_buffer("spread", spread, persistent=False)  # (D,) the group of each unit of x
+        self.register_buffer("gate_mean", torch.full((len(chosen.names),), 0.5))
+        self.se = nn.Linear(size, len(chosen.names))
+        self.norm = nn.LayerNorm(size)
+        self.mlp = nn.Sequential(*_relus(size, hidden, 1))
+
+    def user(self, x: Tensor) -> Tensor:
+        return wide(self.user_inputs(self.tables, x)[:, self.units.user])
+
+    def item(self, x: Tensor) -> Tensor:
+        return wide(self.item_inputs(self.tables, x)[:, self.units.item])
+
+    def score(self, user: Tensor, item: Tensor) -> Tensor:
+        b, n, _ = item.shape
+        with torch.autocast(user.device.type, enabled=False):
+            user, item = wide(user).unsqueeze(1), wide(item)
+            crosses = user[..., self.crossed.user] * item[..., self.crossed.item]
+            x = torch.cat([user[..., self.alone.user].expand(b, n, -1), item[..., self.alone.item], crosses], dim=2)
+            gate = self.se(x).sigmoid()  # (b, n, M)
+            if self.training:
+                self.gate_mean.lerp_(gate.detach().mean(dim=(0, 1)), 0.01)
+            scores: Tensor = self.mlp(self.norm(x) * gate[..., self.spread]).squeeze(2)
+            return scores
+
+    def importance(self) -> dict[str, float]:
+        return dict(zip(self.groups, self.gate_mean.tolist(), strict=True))
+
+
+class Places(nn.Module):
+    """Where units lie on either side, moved with the network and not saved."""
+
+    user: Tensor  # (u,) long
+    item: Tensor  # (i,) long
+
+    def __init__(self, *, user: Sequence[int], item: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("user", torch.tensor(user, dtype=torch.long), persistent=False)
+        self.register_buffer("item", torch.tensor(item, dtype=torch.long), persistent=False)
+
+
+class Groups:
+    """COLD's groups of features, in the order of x: fields of the user, fields of the item, products of both."""
+
+    def __init__(self, spec: FeatureSpec, wanted: Sequence[str] | None) -> None:
+        fields = {tower: {field.name: field for field in spec.tower_fields(tower)} for tower in get_args(TowerName)}
+        pairs = [(u, i) for u in spec.user_fields for i in spec.item_fields if u.dim == i.dim]
+        crosses = {f"{u.name}*{i.name}": (u, i) for u, i in pairs}
+        if wanted is None:
+            shared = [name for name, (u, i) in crosses.items() if spec.table_of(u) == spec.table_of(i)]
+            wanted = [*fields["user"], *fields["item"], *shared]
+        self._check(wanted, {*fields["user"], *fields["item"]}, set(crosses))
+        crossed = {name: pair for name, pair in crosses.items() if name in wanted}
+        single = {tower: [name for name in known if name in wanted] for tower, known in fields.items()}
+        self.names = [*single["user"], *single["item"], *crossed]
+        self.sizes = [fields[tower][name].dim for tower in fields for name in single[tower]]
+        self.sizes += [u.dim for u, _ in crossed.values()]
+        self.units: dict[str, list[int]] = {}  # a record's units among those of the tower's inputs
+        self.alone: dict[str, list[int]] = {}  # of a record: the fields that are groups, one after the other
+        self.crossed: dict[str, list[int]] = {}  # of a record: the factors of the products
+        for side, (tower, known) in enumerate(fields.items()):
+            factors = [pair[side].name for pair in crossed.values()]
+            kept = [name for name in known if name in single[tower] or name in factors]
+            if not kept:
+                raise SpecError(f"network option groups names no {tower} field: name one, or a product with one")
+            inputs, record = _spans(known.values()), _spans(known[name] for name in kept)
+            self.units[tower] = [unit for name in kept for unit in inputs[name]]
+            self.alone[tower] = [unit for name in single[tower] for unit in record[name]]
+            self.crossed[tower] = [unit for name in factors for unit in record[name]]
+
+    @staticmethod
+    def _check(wanted: object, fields: set[str], crosses: set[str]) -> None:
+        if not isinstance(wanted, (list, tuple)) or not wanted:
+            raise SpecError(f"network option groups is {wanted!r}: give a list of fields and products, or leave it out")
+        for name in wanted:
+            if name not in fields | crosses:
+                known = ", ".join(sorted(fields))
+                raise SpecError(
+                    f"network option groups has {name!r}: use fields ({known}) or user field*item field of equal dim"
+                )
+            if wanted.count(name) > 1:
+                raise SpecError(f"network option groups has {name!r} {wanted.count(name)} times: keep one")
+
+
+def _spans(fields: Iterable[Field]) -> dict[str, range]:
+    """The units of each field, laid side by side."""
+    spans, start = {}, 0
+    for field in fields:
+        spans[field.name] = range(start, start + field.dim)
+        start += field.dim
+    return spans
+
+
 NETWORKS: dict[str, type[Network]] = {
     "lr": LR,
     "two_tower": TwoTower,
     "dat": DAT,
+    "cold": COLD,
     "inttower": IntTower,
     "ranktower": RankTower,
 }

@@ -330,6 +330,7 @@ def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say
         "loss": round(total / lists, 6),
         **_terms(learner.loss, scores, labels, mask),
         **({} if own is None else {"regulariser": round(float(own.detach()), 6)}),
+        **({"importance": importance} if (importance := learner.network.importance()) else {}),
         **valid,
         "scale": round(learner.best.head().scale, 4),
         "seconds": round(seconds, 3),

@@ -99,6 +99,14 @@ def test_a_bundle_measures_as_its_checkpoint(run: Path, log: Log, tmp_path: Path
     assert a["rows"]["popularity"] == b["rows"]["popularity"]
 
 
+def test_a_bundle_with_a_head_of_its_own_measures_as_its_checkpoint(log: Log, tmp_path: Path) -> None:
+    train(log, tmp_path / "run", replace(RECIPE, network="cold", options={"hidden": [16, 8]}))
+    export_bundle(tmp_path / "run", tmp_path / "bundle")
+    a, b = evaluate_checkpoint(tmp_path / "run", log), evaluate_bundle(tmp_path / "bundle", log)
+    for name, value in a["rows"]["cold"].items():
+        assert b["rows"]["cold"][name]["mean"] == pytest.approx(value["mean"], abs=1e-3)
+
+
 def test_random_only_lists_and_other_splits_can_be_asked_for(run: Path, log: Log) -> None:
     digests = {
         evaluate_checkpoint(run, log, **options)["lists"]["digest"]

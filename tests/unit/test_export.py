@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.bundle import open_bundle
+from model.bundle import open_bundle, seal_bundle
 from model.checkpoint import save_weights
 from model.errors import BundleError
 from model.export import export_bundle, random_features
@@ -55,6 +56,53 @@ def test_every_network_exports_and_serves_as_it_was_trained(tmp_path: Path, name
     tower = bundle.item_tower()
     assert tower.run(one).shape == (1, bundle.head.item_size)
     np.testing.assert_allclose(tower.run(many)[:1], tower.run(one), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of an untrained COLD with small layers, not to be changed."""
+    folder = tmp_path_factory.mktemp("cold")
+    export_bundle(write_run(folder / "run", "cold", hidden=[16, 8]), folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 333])
+def test_a_head_of_its_own_scores_as_torch_does(cold: Path, count: int) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS["cold"](SPEC, hidden=[16, 8]).eval()  # type: ignore[call-arg,arg-type]
+    bundle = open_bundle(cold)
+    assert bundle.files[-1] == "head.onnx"
+    users, items = random_features(SPEC, "user", 2), random_features(SPEC, "item", max(count, 1))[:count]
+    user, item = bundle.user_tower().run(users)[1], bundle.item_tower().embed(items)
+    with torch.no_grad():
+        records = network.user(torch.from_numpy(users[1:])), network.item(torch.from_numpy(items))
+        expected = network.score(records[0], records[1].unsqueeze(0))[0].numpy()
+    found = bundle.scorer()(user, item)
+    assert found.shape == (count,)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_bundle_whose_head_is_missing_or_changed_is_refused(cold: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(cold, tmp_path / "copy"))
+    if damage == "missing":
+        (copy / "head.onnx").unlink()
+    else:
+        (copy / "head.onnx").write_bytes((copy / "head.onnx").read_bytes() + b" ")
+    with pytest.raises(BundleError, match=f"head.onnx (is|has) {damage}"):
+        open_bundle(copy)
+
+
+def test_a_head_of_another_network_is_refused(cold: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    export_bundle(write_run(tmp_path / "run", "cold", hidden=[8], groups=["user_id", "item_id"]), other)
+    copy = Path(shutil.copytree(cold, tmp_path / "copy"))
+    shutil.copyfile(other / "head.onnx", copy / "head.onnx")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    seal_bundle(copy, {key: value for key, value in manifest.items() if key != "id"})
+    with pytest.raises(BundleError, match=r"head.onnx reads 16 and 16 floats, the manifest says \d+ and \d+"):
+        open_bundle(copy).scorer()
 
 
 def test_a_network_that_onnx_runtime_computes_otherwise_is_refused(

@@ -77,3 +77,22 @@ def test_a_size_below_the_logged_lists_is_said(tmp_path: Path) -> None:
     asked = ("evaluate", "--log", log, "--checkpoint", tmp_path / "run", "--size")
     assert "--size 4 is below the longest list of logged rows: lists hold up to 8 items" in ranktower(*asked, 4).stdout
     assert "is below" not in ranktower(*asked, 20).stdout
+
+
+@pytest.mark.parametrize(
+    ("network", "settings"),
+    [
+        ("dat", ["hidden=[8]", "mimic=0.1", "category=tags"]),
+        ("inttower", ["hidden=[8, 8]", "user_heads=2", "cir=0.5"]),
+        ("cold", ["hidden=[8]", 'groups=["user_id", "item_id", "history*item_id"]']),
+    ],
+)
+def test_the_rivals_take_their_options_by_set(tmp_path: Path, network: str, settings: list[str]) -> None:
+    log = write_tiny_log(tmp_path / "log", users=20, items=30)
+    flags = [f"--set={setting}" for setting in (*settings, "teacher=false", "steps=2")]
+    asked = ("train", "--log", log, "--out", tmp_path / "run", "--network", network, "--epochs", 1, *flags)
+    trained = ranktower(*asked, "--loss", "bce")
+    assert trained.exit_code == 0, trained.output
+    refused = ranktower(*asked, "--loss", "bce", "--set=dropout=1")
+    assert refused.exit_code == 2
+    assert "network option dropout is 1: it is a share from 0 to below 1" in refused.stderr

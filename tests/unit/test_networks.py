@@ -16,7 +16,7 @@ from model.errors import SpecError
 from model.export import OPSET
 from model.features import FeatureSpec, Field
 from model.losses import Labels, softmax
-from model.networks import DAT, LR, NETWORKS, IntTower, Network, RankTower, TwoTower
+from model.networks import COLD, DAT, LR, NETWORKS, IntTower, Network, RankTower, TwoTower
 from model.regularisers import Batch, category_alignment, contrast, mimic
 
 SPEC = FeatureSpec(
@@ -35,6 +35,7 @@ SPEC = FeatureSpec(
 SMALL: dict[str, dict[str, Any]] = {
     "ranktower": {"dim": 8, "hidden": 16, "gate_hidden": 4},
     "dat": {"dim": 8, "hidden": [16]},
+    "cold": {"hidden": [16, 8]},
     "inttower": {"dim": 8, "hidden": [16, 12]},
 }
 SWITCHES: list[dict[str, Any]] = [
@@ -49,11 +50,13 @@ SWITCHES: list[dict[str, Any]] = [
     {"tied_values": True, "direction": "item", "user_heads": 8, "item_heads": 1},
     {"user_heads": 2, "item_heads": 3},
 ]
-LR_OF = {"inttower": 0.005}  # raw dots of three factors overshoot where cosines cannot
+LR_OF = {"cold": 0.005, "inttower": 0.005}  # scores without a bound overshoot where cosines cannot
 VARIANTS = [(name, {}) for name in NETWORKS] + [("ranktower", options) for options in SWITCHES]
 VARIANTS += [("two_tower", {"item_bias": False, "hidden": []})]
 VARIANTS += [("dat", {"item_bias": False, "scaled": False, "mimic": 0, "align": 0, "hidden": []})]
 VARIANTS += [("inttower", {"user_heads": 1, "item_heads": 3, "hidden": [9, 8, 7], "item_bias": True, "cir": 0})]
+
+FOR_A_KERNEL = [(name, options) for name, options in VARIANTS if name != "cold"]
 
 
 def network(name: str, **options: Any) -> Network:
@@ -105,7 +108,7 @@ def test_records_and_scores_have_the_shapes_that_the_head_names(name: str, optio
     assert torch.equal(net.user(rows("user", 4).long()), user)
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize(("name", "options"), FOR_A_KERNEL)
 def test_scores_equal_those_of_the_numpy_reference(name: str, options: dict[str, Any]) -> None:
     net = network(name, **options).eval()
     with torch.no_grad():
@@ -250,7 +253,7 @@ def test_the_head_follows_the_learned_temperature() -> None:
 
 
 def test_evaluation_mode_is_deterministic_and_training_mode_drops() -> None:
-    for name in ("two_tower", "dat", "inttower", "ranktower"):
+    for name in ("two_tower", "dat", "inttower", "cold", "ranktower"):
         net, x = network(name, dropout=0.5, field_dropout=0.5), rows("user", 20)
         assert not torch.equal(net.user(x), net.user(x))
         net.eval()
@@ -289,6 +292,77 @@ def test_dat_reads_a_vector_of_its_own_for_every_id() -> None:
     assert changed.tolist() == [False, True]
 
 
+# --- COLD ------------------------------------------------------------------------------------------------------------
+
+
+def cold_in_numpy(net: COLD, user: Tensor, item: Tensor) -> np.ndarray:
+    """Scores (n,) of one user and n items from their fields, in float64: user (8 8 4 4), item (8 4 4), see SPEC."""
+    w = {name: value.double().numpy() for name, value in net.state_dict().items()}
+    item_64 = item.double().numpy()
+    user_64 = np.broadcast_to(user.double().numpy(), (len(item), len(user)))
+    fields = [*np.split(user_64, [8, 16, 20], axis=1), *np.split(item_64, [8, 12], axis=1)]
+    groups = [*fields, fields[1] * fields[4]]  # history * item_id, which share a table
+    x = np.concatenate(groups, axis=1)
+    gate = 1 / (1 + np.exp(-(x @ w["se.weight"].T + w["se.bias"])))  # (n, 8)
+    h = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+    h = h * w["norm.weight"] + w["norm.bias"]
+    h = np.concatenate(
+        [part * gate[:, [k]] for k, part in enumerate(np.split(h, [8, 16, 20, 24, 32, 36, 40], axis=1))], axis=1
+    )
+    for layer in (0, 2):
+        h = np.maximum(h @ w[f"mlp.{layer}.weight"].T + w[f"mlp.{layer}.bias"], 0)
+    return np.asarray((h @ w["mlp.4.weight"].T + w["mlp.4.bias"])[:, 0])
+
+
+def test_cold_gates_its_groups_and_runs_one_network_over_them() -> None:
+    net = network("cold")
+    assert isinstance(net, COLD)
+    assert net.groups == ["user_id", "history", "age", "hour", "item_id", "tags", "price", "history*item_id"]
+    train(net, rows("user", 8), rows("item", 48).view(8, 6, -1), torch.eye(8, 6).int(), steps=3)
+    net.eval()
+    with torch.no_grad():
+        user, item = lists(net)
+        found = net.score(user, item)
+    for row in range(4):
+        np.testing.assert_allclose(found[row], cold_in_numpy(net, user[row], item[row]), rtol=1e-4, atol=1e-5)
+
+
+def test_cold_keeps_the_groups_that_are_named_and_records_hold_no_others() -> None:
+    net = network("cold", groups=["price", "history*item_id", "user_id", "age*tags"])
+    assert isinstance(net, COLD)
+    assert net.groups == ["user_id", "price", "history*item_id", "age*tags"]
+    assert (net.head().user_size, net.head().item_size) == (8 + 8 + 4, 8 + 4 + 4)  # without hour; all of the item
+    user, item = rows("user", 3, seed=5), rows("item", 3, seed=5)
+    scores = net.score(net.user(user), net.item(item).expand(3, -1, -1))
+    fields = {
+        name: net.user_inputs(net.tables, user)[:, span] for name, span in (("id", slice(8)), ("age", slice(16, 20)))
+    }
+    torch.testing.assert_close(net.user(user)[:, :8], fields["id"])
+    torch.testing.assert_close(net.user(user)[:, 16:], fields["age"])
+    other = user.clone()
+    other[:, SPEC.columns("user")["hour"]] = 1
+    torch.testing.assert_close(net.score(net.user(other), net.item(item).expand(3, -1, -1)), scores)
+    changed = user.clone()
+    changed[:, SPEC.columns("user")["age"]] = (user[:, SPEC.columns("user")["age"]] + 1) % 5
+    assert not torch.equal(net.score(net.user(changed), net.item(item).expand(3, -1, -1)), scores)
+
+
+def test_cold_remembers_the_mean_gate_of_each_group_while_training() -> None:
+    net = network("cold")
+    nn.init.zeros_(net.get_submodule("se").weight)  # type: ignore[arg-type]
+    nn.init.constant_(net.get_submodule("se").bias, 3.0)  # type: ignore[arg-type]
+    records = lists(net)
+    net.eval()
+    net.score(*records)
+    assert set(net.importance().values()) == {0.5}
+    net.train()
+    for _ in range(800):
+        net.score(*records)
+    assert list(net.importance()) == net.groups  # type: ignore[comparison-overlap]
+    assert list(net.importance().values()) == pytest.approx([1 / (1 + np.exp(-3.0))] * 8, abs=1e-3)
+    assert network("ranktower").importance() == {}
+
+
 # --- what a network adds to the loss ---------------------------------------------------------------------------------
 
 
@@ -315,7 +389,14 @@ def gradients(net: Network) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("lr", {}), ("two_tower", {}), ("ranktower", {}), ("dat", {"mimic": 0, "align": 0}), ("inttower", {"cir": 0})],
+    [
+        ("lr", {}),
+        ("two_tower", {}),
+        ("ranktower", {}),
+        ("cold", {}),
+        ("dat", {"mimic": 0, "align": 0}),
+        ("inttower", {"cir": 0}),
+    ],
 )
 def test_a_network_without_a_term_of_its_own_adds_none(name: str, options: dict[str, Any]) -> None:
     net = network(name, **options)
@@ -403,6 +484,13 @@ def test_a_wrong_option_is_named(options: dict[str, Any], complaint: str) -> Non
         ("inttower", {"cir": float("nan")}, "cir is nan"),
         ("inttower", {"tau": 0}, "tau is 0: it must be a number above 0"),
         ("inttower", {"dropout": 1.0}, "dropout is 1.0"),
+        ("cold", {"groups": "price"}, "groups is 'price': give a list"),
+        ("cold", {"groups": []}, "groups is .*: give a list of fields and products, or leave it out"),
+        ("cold", {"groups": ["user_id", "colour"]}, "groups has 'colour': use fields .*age, history"),
+        ("cold", {"groups": ["user_id*tags"]}, "groups has 'user_id.tags': use fields .* of equal dim"),
+        ("cold", {"groups": ["age", "price", "age"]}, "groups has 'age' 2 times: keep one"),
+        ("cold", {"groups": ["age"]}, "groups names no item field: name one, or a product with one"),
+        ("cold", {"hidden": "wide"}, "hidden is wide"),
     ],
 )
 def test_a_wrong_option_of_the_rivals_is_named(name: str, options: dict[str, Any], complaint: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -47,8 +49,14 @@ def test_scores_are_those_of_the_serving_reference(log: Log, inputs: Inputs, nam
     assert found.dtype == np.float32
     with torch.no_grad():
         user, item = net.user(torch.from_numpy(users)).numpy(), net.item(torch.from_numpy(items)).numpy()
-    for row, chosen in enumerate(lists.item):
-        np.testing.assert_allclose(found[row], score(net.head(), user[row], item[chosen]), rtol=1e-4, atol=1e-4)
+        scorer = partial(score, net.head()) if net.kind != "onnx" else partial(one_list, net)
+        for row, chosen in enumerate(lists.item):
+            np.testing.assert_allclose(found[row], scorer(user[row], item[chosen]), rtol=1e-4, atol=1e-4)
+
+
+def one_list(net: Network, user: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Scores (n,) of a network that no kernel serves."""
+    return net.score(torch.from_numpy(user)[None], torch.from_numpy(items)[None])[0].numpy()
 
 
 @pytest.mark.parametrize(("rows", "pairs"), [(1, 1), (7, 70), (64, 31)])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from model.errors import BundleError
-from model.tower import EMBED_BATCH, Tower
+from model.tower import EMBED_BATCH, GraphHead, Tower
 from tests.graphs import write_tower
 
 
@@ -51,3 +51,9 @@ def test_a_graph_with_other_names_is_refused(tmp_path: Path) -> None:
     write_tower(tmp_path / "user.onnx", sizes=[5], size=6, seed=1, output="logits")
     with pytest.raises(BundleError, match="one output 'record'"):
         Tower(tmp_path / "user.onnx")
+
+
+def test_a_tower_is_no_head(tmp_path: Path) -> None:
+    write_tower(tmp_path / "head.onnx", sizes=[5], size=6, seed=1)
+    with pytest.raises(BundleError, match="a head has the inputs user, items and one output 'scores'"):
+        GraphHead(tmp_path / "head.onnx")

@@ -203,11 +203,13 @@ def test_fixed_steps_bound_an_epoch(log: Log, tmp_path: Path) -> None:
     assert ("epoch 1", 3) in seen
 
 
-@pytest.mark.parametrize("network", ["lr", "two_tower", "dat", "inttower"])
+@pytest.mark.parametrize("network", ["lr", "two_tower", "dat", "inttower", "cold"])
 def test_the_other_networks_train_too(log: Log, tmp_path: Path, network: str) -> None:
     metrics = train(log, tmp_path / "run", replace(TINY, network=network, options={}, epochs=1))
     assert np.isfinite(metrics["model"]["ndcg@10"]["mean"])
-    assert ("regulariser" in lines(tmp_path / "run")[0]) == (network in ("dat", "inttower"))
+    line = lines(tmp_path / "run")[0]
+    assert ("regulariser" in line) == (network in ("dat", "inttower"))
+    assert ("importance" in line) == (network == "cold")
 
 
 def test_a_network_s_own_term_is_added_to_the_loss(log: Log, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A Parquet file read whole, with its path for errors."""
+    """A file read whole, with its path for errors."""
 
     path: Path
     table: pa.Table

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 from numpy.typing import NDArray
 
 from model.datasets.columns import Source, open_source
+from model.datasets.csv_files import read_csv
 from model.datasets.form import Form, fields_as_toml, write_form
 from model.datasets.lists import runs
 from model.errors import DataError
@@ -143,14 +143,8 @@ def _form(events: list[pa.Table], users: Source, videos: Source) -> Form:
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Source:
     """The named columns of a csv file. Codes that look like dates or numbers stay text where they are text."""
-    text = {name: pa.string() for name in ("upload_dt", "tag", "user_active_degree", "video_type", "upload_type")}
-    options = pa.csv.ConvertOptions(include_columns=list(columns), column_types=text, strings_can_be_null=True)
-    try:
-        return Source(path, pa.csv.read_csv(path, convert_options=options))
-    except (KeyError, pa.ArrowException) as error:
-        raise DataError(
-            f"{path} cannot be read as a file of KuaiRand-Pure ({error}): get the official one again"
-        ) from error
+    text = {"upload_dt", "tag", "user_active_degree", "video_type", "upload_type"}
+    return read_csv(path, {name: pa.string() if name in text else None for name in columns}, "KuaiRand-Pure")
 
 
 def _timed_events(exposures: Source) -> pa.Table:

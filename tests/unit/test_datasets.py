@@ -439,7 +439,9 @@ def test_a_missing_official_file_is_named(official: Path, tmp_path: Path, name: 
 
 def test_an_official_file_without_a_column_is_named(official: Path, tmp_path: Path) -> None:
     write_csv(official / "data" / kuairand.OFFICIAL_VIDEOS, [{"video_id": 1}])
-    with pytest.raises(DataError, match=r"video_features_basic_pure.csv cannot be read as a file of KuaiRand-Pure"):
+    with pytest.raises(
+        DataError, match=r"video_features_basic_pure.csv has no column 'video_type', which files of KuaiRand"
+    ):
         kuairand.convert(official, tmp_path / "out")
 
 

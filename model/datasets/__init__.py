@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from model.datasets import kuairand, movielens, own
+from model.datasets import kuairand, movielens, own, retailrocket, taobao
 from model.datasets.log import Log, read_log
 from model.datasets.schema import FILE
 from model.errors import DataError
@@ -14,18 +14,30 @@ __all__ = ["DATASETS", "Adapter", "Log", "adopt", "read_log"]
 
 Adapter = Callable[[Path | None, Path], Path]  # (source, or None for the default one; folder to write)
 
-DATASETS: dict[str, Adapter] = {"kuairand": kuairand.convert, "movielens": movielens.convert}
+DATASETS: dict[str, Adapter] = {
+    "kuairand": kuairand.convert,
+    "movielens": movielens.convert,
+    "retailrocket": retailrocket.convert,
+    "taobao": taobao.convert,
+}
+HOLDERS = {  # whether a folder has the files of a data set, and which files those are
+    "kuairand": (kuairand.holds, kuairand.MARKS),
+    "taobao": (taobao.holds, (taobao.PAIRS,)),
+    "retailrocket": (retailrocket.holds, (retailrocket.OFFICIAL, retailrocket.SELECTED)),
+}
 
 
 def adopt(source: Path, out: Path) -> Path:
     """Bring the log of a folder to `out`, whichever adapter its files call for. Raises DataError where none does."""
     if own.holds(source):
         return own.convert(source, out)
-    if kuairand.holds(source):
-        return kuairand.convert(source, out)
+    for name, (holds, _) in HOLDERS.items():
+        if holds(source):
+            return DATASETS[name](source, out)
     if not source.is_dir():
         raise DataError(f"{source} is no folder: give the folder that holds the log")
+    known = "; ".join(f"{', '.join(files)} ({name})" for name, (_, files) in HOLDERS.items())
     raise DataError(
-        f"{source} holds no {FILE} (a log in the documented form, see docs/data.md) and, itself or in data/, none of "
-        f"{', '.join(kuairand.MARKS)} (KuaiRand-Pure): give the folder that holds one of them"
+        f"{source} holds no {FILE} (a log in the documented form, see docs/data.md) and none of {known}: "
+        "give the folder that holds one of them"
     )

@@ -7,10 +7,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,14 +25,20 @@ TABLES = ("users", "items", "events")
 log = logging.getLogger(__name__)
 
 
+Rows: TypeAlias = (
+    pa.Table | Iterable[pa.Table]
+)  # whole, or in blocks of one schema where the whole would not fit into memory
+
+
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """A log ready to be written."""
 
-    users: pa.Table
-    items: pa.Table
-    events: pa.Table
+    users: Rows
+    items: Rows
+    events: Rows
     document: str  # the text of log.toml
+    beside: Mapping[str, str] = field(default_factory=dict)  # further text files by name, which no reader of logs needs
 
 
 def write_form(out: Path, *, adapter: str, sources: Sequence[Path], build: Callable[[], Form]) -> Path:
@@ -116,12 +122,25 @@ def _write_files(folder: Path, form: Form, adapter: str, fingerprint: str) -> No
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in TABLES:
-        pq.write_table(getattr(form, name), folder / f"{name}.parquet", compression="zstd")
-    (folder / FILE).write_text(form.document, encoding="utf-8")
+        _write_rows(folder / f"{name}.parquet", getattr(form, name))
+    for name, text in {**form.beside, FILE: form.document}.items():
+        (folder / name).write_text(text, encoding="utf-8")
     read_schema(folder / FILE)
     hashes = {path.name: _hash(path) for path in sorted(folder.iterdir())}
     mark = {"adapter": adapter, "fingerprint": fingerprint, "files": hashes}
     (folder / MARK).write_text(json.dumps(mark, indent=1), encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: Rows) -> None:
+    if isinstance(rows, pa.Table):
+        pq.write_table(rows, path, compression="zstd")
+        return
+    blocks = iter(rows)
+    first = next(blocks)
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        writer.write_table(first)
+        for block in blocks:
+            writer.write_table(block)
 
 
 def _put_in_place(partial: Path, out: Path) -> None:

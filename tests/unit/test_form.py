@@ -53,6 +53,18 @@ def test_the_form_is_written_whole_and_leaves_nothing_beside_it(make: Maker) -> 
     assert sorted(path.name for path in out.parent.iterdir()) == ["out", "source.csv"]
 
 
+def test_rows_may_come_in_blocks_and_text_files_may_lie_beside(tmp_path: Path) -> None:
+    blocks = (pa.table({"click": [k]}) for k in range(5))
+    one = pa.table({"user_id": [1]})
+    form = Form(
+        users=one, items=pa.table({"item_id": [1]}), events=blocks, document=DOCUMENT, beside={"n.toml": "a = 1"}
+    )
+    out = write_form(tmp_path / "out", adapter="test 1", sources=[], build=lambda: form)
+    assert pq.read_table(out / "events.parquet")["click"].to_pylist() == [0, 1, 2, 3, 4]
+    assert (out / "n.toml").read_text() == "a = 1"
+    assert write_form(tmp_path / "out", adapter="test 1", sources=[], build=lambda: pytest.fail("built twice")) == out
+
+
 def test_an_empty_folder_is_filled(make: Maker) -> None:
     make.out.mkdir()
     assert "log.toml" in contents(make())

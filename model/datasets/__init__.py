@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from model.datasets import kuairand, movielens, own, retailrocket, taobao
+from model.datasets import alimama, kuairand, movielens, own, retailrocket, taobao, userbehavior
 from model.datasets.log import Log, read_log
 from model.datasets.schema import FILE
 from model.errors import DataError
 
 __all__ = ["DATASETS", "Adapter", "Log", "adopt", "read_log"]
 
-Adapter = Callable[[Path | None, Path], Path]  # (source, or None for the default one; folder to write)
+Adapter = Callable[
+    [Path | None, Path], Path
+]  # (source: a folder or, of cascade, a file; None: the default; folder to write)
 
 DATASETS: dict[str, Adapter] = {
+    "alimama": alimama.convert,
     "kuairand": kuairand.convert,
     "movielens": movielens.convert,
     "retailrocket": retailrocket.convert,
     "taobao": taobao.convert,
+    "userbehavior": userbehavior.convert,
 }
 HOLDERS = {  # whether a folder has the files of a data set, and which files those are
     "kuairand": (kuairand.holds, kuairand.MARKS),
+    "alimama": (alimama.holds, (alimama.SAMPLES,)),
+    "userbehavior": (userbehavior.holds, (userbehavior.FILE,)),
     "taobao": (taobao.holds, (taobao.PAIRS,)),
     "retailrocket": (retailrocket.holds, (retailrocket.OFFICIAL, retailrocket.SELECTED)),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from model.datasets import alimama, kuairand, movielens, own, retailrocket, taobao, userbehavior
+from model.datasets import alimama, cascade, kuairand, movielens, own, retailrocket, taobao, userbehavior
 from model.datasets.log import Log, read_log
 from model.datasets.schema import FILE
 from model.errors import DataError
@@ -18,6 +18,7 @@ Adapter = Callable[
 
 DATASETS: dict[str, Adapter] = {
     "alimama": alimama.convert,
+    "cascade": cascade.convert,
     "kuairand": kuairand.convert,
     "movielens": movielens.convert,
     "retailrocket": retailrocket.convert,

@@ -46,8 +46,19 @@ def test_a_folder_is_not_converted_from_another_one(tmp_path: Path) -> None:
     log = write_tiny_log(tmp_path / "log", users=20, items=20)
     said = ranktower("data", log, "--from", tmp_path / "other", "--out", tmp_path / "out")
     assert said.exit_code == 2
-    assert "goes with a named data set (kuairand, movielens, " in said.stderr
+    assert "goes with a named data set (alimama, cascade, kuairand, movielens, " in said.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cascade_is_simulated_by_its_settings_file(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text("users = 30\nitems = 300\nrequests = 100\nretrieved = 50\n")
+    said = ranktower("data", "cascade", "--from", tmp_path / "small.toml", "--out", tmp_path / "log")
+    assert said.exit_code == 0, said.stderr
+    assert "log cascade, 30 users, 300 items" in said.stdout
+    (tmp_path / "small.toml").write_text("usrs = 30\n")
+    said = ranktower("data", "cascade", "--from", tmp_path / "small.toml", "--out", tmp_path / "other")
+    assert said.exit_code == 2
+    assert "small.toml: unknown key 'usrs': did you mean 'users'?" in said.stderr
 
 
 @pytest.mark.parametrize("flags", [("--k", 0), ("--k", -3), ("--size", 0), ("--size", 1)])

@@ -116,4 +116,5 @@ def _moments(time_ms: NDArray[np.int64]) -> dict[str, pa.Array]:
 
 
 def _flags(rung: NDArray[np.int8]) -> dict[str, pa.Array]:
-    return {name: pa.array(rung == place) for place, name in enumerate(RUNGS)}
+    """A column for each rung; a stronger event implies the weaker ones, or a purchase would teach not to view."""
+    return {name: pa.array(rung >= place) for place, name in enumerate(RUNGS)}

@@ -29,7 +29,7 @@ name = "taobao"
 user = "user_id"
 item = "item_id"
 
-[feedback]                      # a purchase counts above a cart, a cart above a view, with or without the lower ones
+[feedback]                      # each rung includes those above it: the file also has purchases without cart or view
 ladder = ["view", "cart", "buy"]
 soft_label = "view + 3*cart + 10*buy"
 
@@ -64,10 +64,13 @@ def _form(path: Path) -> Form:
     pairs = open_source(path, ["user_id", "item_id", *RUNGS], "the taobao adapter")
     user, item = (read_ids(pairs, name) for name in ("user_id", "item_id"))
     every = np.ones(len(pairs), np.bool_)
-    flags = {rung: pa.array(read_flags(pairs, rung, every)) for rung in RUNGS}
+    given = np.column_stack([read_flags(pairs, rung, every) for rung in RUNGS])
+    reached = np.logical_or.accumulate(given[:, ::-1], axis=1)[:, ::-1]  # a rung implies those below
     return Form(
         users=pa.table({"user_id": pc.unique(user)}),
         items=pa.table({"item_id": pc.unique(item)}),
-        events=pa.table({"user_id": user, "item_id": item, **flags}),
+        events=pa.table(
+            {"user_id": user, "item_id": item} | {rung: pa.array(reached[:, place]) for place, rung in enumerate(RUNGS)}
+        ),
         document=HEAD + fields_as_toml(FIELDS),
     )

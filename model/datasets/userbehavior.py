@@ -48,7 +48,7 @@ item = "item_id"
 time = "time_ms"
 time_unit = "ms"
 
-[feedback]                      # cart: put into the cart or marked as a favourite
+[feedback]                      # cart: put into the cart or marked as a favourite; each rung includes those above it
 ladder = ["view", "cart", "buy"]
 soft_label = "view + 3*cart + 10*buy"
 
@@ -103,7 +103,7 @@ def _form(path: Path) -> Form:
                 "item_id": item,
                 "time_ms": time_ms,
                 "hour": pa.array((time_ms + CHINA_MS) % DAY_MS // HOUR_MS, pa.int8()),
-                **{name: pa.array(rung == place) for place, name in enumerate(RUNGS)},
+                **{name: pa.array(rung >= place) for place, name in enumerate(RUNGS)},
             }
         ),
         document=HEAD + fields_as_toml(FIELDS),

@@ -33,6 +33,7 @@ from model.datasets.log import (
 from model.errors import DataError
 from model.features import fit_spec
 from tests.logs import write_tiny_log
+from tests.real_data import FOLDER, needs
 
 # --- reading and viewing ---------------------------------------------------------------------------------------------
 
@@ -421,6 +422,13 @@ def test_rows_without_a_time_end_with_the_users_last_one_and_have_no_context(rec
     untimed = log.time < MIDNIGHT_MS
     for name in ("tab", "hour"):
         np.testing.assert_array_equal(np.isnan(log.context[name]), untimed)
+
+
+@needs("kuairand")
+def test_the_recovered_parts_have_the_counts_of_the_docs(tmp_path: Path) -> None:
+    log = read_log(kuairand.convert(FOLDER / "kuairand", tmp_path / "out"))
+    assert np.bincount(log.split).tolist() == [906_295, 19_047, 35_437]
+    assert (len(log.users), len(log.items)) == (27_285, 7_583)
 
 
 def test_a_user_of_the_tail_without_a_last_time_is_named(recovered: Path, tmp_path: Path) -> None:

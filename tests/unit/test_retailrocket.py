@@ -61,6 +61,7 @@ def test_a_sitting_makes_of_an_item_its_strongest_event(tmp_path: Path) -> None:
     log = read_log(DATASETS["retailrocket"](write(tmp_path / "source", columns), tmp_path / "out"))
     made = zip(log.users.ids[log.user].tolist(), log.items.ids[log.item].tolist(), log.grade.tolist(), strict=True)
     assert list(made) == [(1, 5, 3), (1, 6, 1), (1, 5, 1), (2, 5, 2), (2, 6, 1), (2, 7, 3)]
+    np.testing.assert_array_equal(log.feedback.sum(axis=1), log.grade)  # each rung implies those below
     assert log.report["repeats"] == 2
     assert len(requests(log)) == 5  # a pause and the boundaries of splits begin new ones
 

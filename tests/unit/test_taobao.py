@@ -46,6 +46,7 @@ def test_the_grade_of_a_pair_is_its_level(source: Path, tmp_path: Path) -> None:
     assert len(log) == len(level)
     for user, item, grade in zip(log.users.ids[log.user], log.items.ids[log.item], log.grade, strict=True):
         assert level[user, item] == grade
+    np.testing.assert_array_equal(log.feedback.sum(axis=1), log.grade)  # each rung implies those below
     assert not log.has_stages
     assert log.schema.history is None
 

@@ -48,6 +48,7 @@ def test_behaviours_are_rungs_and_a_favourite_stands_beside_a_cart(tmp_path: Pat
     late = [(2, 5, 8, "pv", FIRST_S + day * DAY_S + 3600) for day in (7, 8)]
     log = read_log(userbehavior.convert(write(tmp_path / "source", early + late), tmp_path / "out"))
     assert log.grade[:4].tolist() == [1, 2, 2, 3]
+    np.testing.assert_array_equal(log.feedback.sum(axis=1), log.grade)  # each rung implies those below
     assert log.items.columns["category_id"].tolist() == [7, 7, 7, 7, 8]
     assert log.context["hour"].tolist() == [0, 0, 0, 0, 1, 1]
 

@@ -67,7 +67,10 @@ def publish(
     store: StoreUrl = DEFAULT_STORE,
     index: Annotated[IndexKind, typer.Option(help="Index for requests without candidates.")] = IndexKind.NONE,
     dtype: Annotated[
-        DtypeChoice, typer.Option(help="Of the records; auto takes the smallest that keeps 99 % of the top 100.")
+        DtypeChoice,
+        typer.Option(
+            help="Of the records; auto takes the smallest that keeps 99 % of the top 100. A head.onnx reads no int8."
+        ),
     ] = DtypeChoice.AUTO,
     log: Annotated[Path | None, typer.Option("--users", help="Log folder whose users to publish, too.")] = None,
     activate: Annotated[bool, typer.Option(help="Make the release the current one.")] = True,
@@ -131,7 +134,8 @@ def verify(
     with checked(target, None, cache) as (folder, fresh):
         release = read_release(folder)
         if release.index == "none":
-            console.print("it has no index (publish with --index flat), so no retrieval to check")
+            searched = "its head is a graph" if release.head.kind == "onnx" else "publish with --index flat"
+            console.print(f"it has no index ({searched}), so no retrieval to check")
         else:
             records, source = _sampled(folder, target, fresh, sampled, seed)
             _print_recall(folder, release, records, source, per_head)

@@ -38,7 +38,7 @@ from cache.release import (
     seal_release,
 )
 from cache.snapshot import Snapshot, SnapshotWriter
-from kernel.record import RecordLayout
+from kernel.plain import ItemLayout, item_layout
 from kernel.reference import mix
 from model.bundle import Bundle, open_bundle
 from model.folders import replacing_folder
@@ -62,7 +62,7 @@ def fingerprints(features: NDArray[np.int32]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Previous:
-    """Packed records of an earlier release of the same bundle, with the fingerprints of what made them."""
+    """Stored records of an earlier release of the same bundle, with the fingerprints of what made them."""
 
     items: Snapshot
     prints: NDArray[np.uint64]  # (n,) in the order of the snapshot
@@ -190,7 +190,7 @@ def build_release(
     kind = index_kind(index, opened.head)  # before hours of embedding
     catalogue = open_catalogue(items, opened.spec, id_column)
     precision, before = _choose(opened, catalogue, dtype, users, previous)
-    layout = RecordLayout(opened.head, precision.dtype)
+    layout = item_layout(opened.head, precision.dtype)
     with replacing_folder(out, RELEASE) as folder:
         _copy_bundle(opened, folder / BUNDLE)
         started = time.perf_counter()
@@ -212,7 +212,7 @@ def build_release(
 def _embed(
     bundle: Bundle,
     catalogue: Catalogue,
-    layout: RecordLayout,
+    layout: ItemLayout,
     previous: Previous | None,
     folder: Path,
     workers: int,

@@ -16,10 +16,13 @@ from cache.release import DtypeChoice
 from cache.users import sample_users
 from kernel.engine import Index, Table, build_index, open_index, open_table, pack, top_k
 from kernel.errors import KernelError
-from kernel.record import DTYPES, Dtype, RecordLayout
+from kernel.head import HeadSpec, Scorer
+from kernel.plain import item_layout
+from kernel.record import DTYPES, Dtype
 from model.bundle import Bundle
 
 ITEMS, USERS = 5_000, 200  # sampled at most
+GRAPH_USERS = 50  # where a graph scores: with COLD's published widths they take 6 s, 200 would take 24
 TAU_ITEMS = 512  # of them, for Kendall's tau, which compares all pairs
 TOP = 100
 LEAST_OVERLAP = 0.99  # with which `auto` takes a smaller type
@@ -73,20 +76,19 @@ def choose_precision(
 
     `users` is a user table; without one the bundle's recorded requests stand for the users. `kept` is the type of the
     release that is built upon, which `auto` leaves only when its overlap is below 0.98, or when it is f32. Raises
-    StoreError for an unknown type.
+    StoreError for an unknown type, KernelError for one that no record of this head has.
     """
     if wanted == DtypeChoice.F32:
         return Precision(dtype="f32", costs={}, k=0, items=0, users=0, source="users")
+    graph = bundle.graph()
+    tried = _tried(bundle.head, wanted, kept)
     features = catalogue.sample(ITEMS, seed)
     records = bundle.item_tower().embed(features)
-    user_records, source = sample_users(bundle, users, USERS, seed)
+    user_records, source = sample_users(bundle, users, GRAPH_USERS if graph else USERS, seed)
     k = min(TOP, max(1, len(records) // 10))
     costs: dict[str, Cost] = {}
-    tried: tuple[Dtype, ...] = ("int8", "f16") if wanted == DtypeChoice.AUTO else (dtype_of(wanted),)
-    if wanted == DtypeChoice.AUTO and kept in tried:
-        tried = (kept, *(dtype for dtype in tried if dtype != kept))
     for dtype in tried:
-        cost = _cost(bundle, records, user_records, dtype, k, seed)
+        cost = _cost(bundle.head, graph, records, user_records, dtype, k, seed)
         if cost is not None:
             costs[dtype] = cost
     least = {dtype: KEPT_OVERLAP if dtype == kept else LEAST_OVERLAP for dtype in tried}
@@ -101,6 +103,14 @@ def choose_precision(
     )
 
 
+def _tried(head: HeadSpec, wanted: str, kept: Dtype | None) -> tuple[Dtype, ...]:
+    """The types to measure, the preferred one first."""
+    if wanted != DtypeChoice.AUTO:
+        return (item_layout(head, dtype_of(wanted)).dtype,)
+    tried: tuple[Dtype, ...] = ("f16",) if head.kind == "onnx" else ("int8", "f16")
+    return (kept, *(dtype for dtype in tried if dtype != kept)) if kept in tried else tried
+
+
 def dtype_of(name: str) -> Dtype:
     """Raises StoreError for a type that no record has."""
     for dtype in DTYPES:
@@ -110,7 +120,8 @@ def dtype_of(name: str) -> Dtype:
 
 
 def _cost(
-    bundle: Bundle,
+    head: HeadSpec,
+    graph: Scorer | None,
     records: NDArray[np.float32],  # (n, item size)
     users: NDArray[np.float32],  # (u, user size)
     dtype: Dtype,
@@ -119,7 +130,7 @@ def _cost(
 ) -> Cost | None:
     """None where the type cannot hold these records."""
     try:
-        exact, stored = _table(bundle, records, "f32"), _table(bundle, records, dtype)
+        exact, stored = _table(head, graph, records, "f32"), _table(head, graph, records, dtype)
     except KernelError:
         return None
     if not len(records) or not len(users):
@@ -134,10 +145,10 @@ def _cost(
     return Cost(overlap=float(np.mean(overlaps)), tau=float(np.mean(taus)))
 
 
-def _table(bundle: Bundle, records: NDArray[np.float32], dtype: Dtype) -> Table:
-    layout = RecordLayout(bundle.head, dtype)
+def _table(head: HeadSpec, graph: Scorer | None, records: NDArray[np.float32], dtype: Dtype) -> Table:
+    layout = item_layout(head, dtype)
     keys = np.arange(len(records), dtype=np.uint64)
-    return open_table(layout, pack(layout, records), open_index(Index(build_index(keys), len(keys))))
+    return open_table(layout, pack(layout, records), open_index(Index(build_index(keys), len(keys))), graph)
 
 
 def kendall_tau(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -1,8 +1,9 @@
 """A table of records by id as one file: written in a stream, then memory-mapped, never parsed, shared by all workers.
 
     header     1,024 bytes, little-endian, ends with the sha256 of what is before it
-    records    at 4,096; row i at i * stride: plain values, the stride a multiple of 64 bytes, padded with zeros; or
-               packed by kernel.record, whose layout says the stride
+    records    at 4,096; row i at i * stride: plain values, the stride a multiple of 64 bytes, padded with zeros (users
+               int32; items of a head that has its own graph f32 or f16); or packed by kernel.record, whose layout says
+               the stride
     keys       (n,) uint64: the int64 id itself, or the salted hash of the string id
     offsets    (n + 1,) uint64 into `text`; only with string ids
     text       UTF-8 of all string ids, end to end; only with string ids
@@ -36,9 +37,10 @@ from cache.errors import SnapshotError
 from cache.pages import read_into_huge_pages
 from kernel.engine import Index, Table, build_index, hash_texts, open_index, open_table, pack
 from kernel.errors import KernelError, RecordError
-from kernel.head import HeadSpec
+from kernel.head import HeadSpec, Scorer
 from kernel.ids import Texts
-from kernel.record import Dtype, RecordLayout
+from kernel.plain import ItemLayout, item_layout
+from kernel.record import Dtype
 from kernel.reference import BUCKET_WORDS, bucket_count
 
 Kind = Literal["items", "users"]
@@ -192,22 +194,23 @@ class Snapshot:
         """(n, stride): the records as octets."""
         return self._array("records", "|u1").reshape(len(self), self.header.stride)
 
-    def table(self, head: HeadSpec) -> Table:
-        """The packed records as the kernel scores them. Raises SnapshotError unless they are of this head."""
+    def table(self, head: HeadSpec, graph: Scorer | None = None) -> Table:
+        """The records as the kernel, or the head's own graph, scores them. Raises SnapshotError unless they are of this
+        head."""
         found = (self.header.layout, self.header.record_size, self.header.stride)
         try:
-            layout = RecordLayout(head, self.dtype)
-            wanted = ("quads", head.item_size, layout.stride)
+            layout = item_layout(head, self.dtype)
+            wanted = (layout.form, head.item_size, layout.stride)
             if found != wanted:
                 raise KernelError(f"its records are {found} (layout, floats, stride), the head reads {wanted}")
-            return open_table(layout, self.rows, self._finder)
+            return open_table(layout, self.rows, self._finder, graph)
         except KernelError as error:
             raise SnapshotError(f"{self.path}: {error}: publish the release again") from error
 
     @property
     def dtype(self) -> Dtype:
-        """Of packed records."""
-        return self.header.record_dtype  # type: ignore[return-value]  # RecordLayout refuses another
+        """Of item records."""
+        return self.header.record_dtype  # type: ignore[return-value]  # a layout refuses another
 
     @property
     def kind(self) -> Kind:
@@ -343,7 +346,7 @@ class SnapshotWriter:
         writer.append(ids, records)
         snapshot = writer.finish()
 
-    Without a layout records are plain: `record_size` int32.
+    Without a layout records are `record_size` int32 each.
     """
 
     def __init__(
@@ -353,7 +356,7 @@ class SnapshotWriter:
         kind: Kind,
         owner: str,
         id_type: IdType,
-        layout: RecordLayout | None = None,
+        layout: ItemLayout | None = None,
         record_size: int = 0,
     ) -> None:
         self.path, self.kind, self.owner, self.id_type, self.layout = path, kind, owner, id_type, layout
@@ -423,7 +426,7 @@ class SnapshotWriter:
             stride=self.stride,
             count=self.count,
             salt=salt,
-            layout="quads" if self.layout else "plain",
+            layout=self.layout.form if self.layout else "plain",
             file_bytes=self._stream.tell(),
             root=hashlib.sha256(hashes).digest(),
             sections=sections,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from time import monotonic_ns
 from types import ModuleType
@@ -16,9 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kernel import record, reference
+from kernel import plain, record, reference
 from kernel.errors import KernelError, RecordError
+from kernel.head import Scorer
 from kernel.ids import Ids, Texts
+from kernel.plain import ItemLayout, PlainLayout
 from kernel.record import RecordLayout
 
 native: ModuleType | None = None
@@ -28,6 +31,8 @@ except ImportError as error:
     _why = str(error)
 
 NUMPY = "numpy"
+GRAPH = "onnxruntime"  # the level of a table that no kernel scores
+GRAPH_BLOCK = 256  # candidates that a graph scores between two looks at the clock: 3 ms of the published COLD
 MAX_TEXT = 1024  # characters of an id that any table holds
 
 log = logging.getLogger(__name__)
@@ -75,11 +80,13 @@ _selected: str | None = None
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def pack(layout: RecordLayout, records: NDArray[np.float32]) -> NDArray[np.uint8]:
+def pack(layout: ItemLayout, records: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Rows (n, stride) of item records (n, item_size). Raises RecordError naming the first that does not fit."""
     records = np.ascontiguousarray(records, np.float32)
     if records.ndim != 2 or records.shape[1] != layout.head.item_size:
         raise KernelError(f"item records have shape {records.shape}, the head reads (n, {layout.head.item_size})")
+    if isinstance(layout, PlainLayout):
+        return plain.pack(layout, records)
     if native is None:
         return record.pack(layout, records)
     rows = np.empty((len(records), layout.stride), np.uint8)
@@ -219,7 +226,7 @@ class Ranked:
 
 
 class Table(Protocol):
-    """Packed item records with their index: what a request reads. Arrays are not copied; none is written to."""
+    """Item records with their index: what a request reads. Arrays are not copied; none is written to."""
 
     level: str
 
@@ -247,11 +254,18 @@ class Table(Protocol):
         """The same for users (b, user_size) with a list each, equal to one by one."""
 
 
-def open_table(layout: RecordLayout, rows: NDArray[np.uint8], finder: Finder) -> Table:
-    """A table over rows (n, stride) at the selected level. Raises KernelError for arrays that do not fit together."""
+def open_table(layout: ItemLayout, rows: NDArray[np.uint8], finder: Finder, graph: Scorer | None = None) -> Table:
+    """A table over rows (n, stride): at the selected level, or scored by the graph of a head that has its own.
+
+    Raises KernelError for arrays that do not fit together, and for plain records without a graph.
+    """
+    if isinstance(layout, PlainLayout):
+        if graph is None:
+            raise KernelError(f"no kernel scores a head of kind {layout.head.kind}: its graph is missing")
+        return _BlockTable(layout, rows, finder, graph, GRAPH)
     if isinstance(finder, _NativeFinder) and level() != NUMPY:
         return _NativeTable(layout, rows, finder, level())
-    return _NumpyTable(layout, rows, finder)
+    return _BlockTable(layout, rows, finder, partial(reference.score, layout.head), NUMPY)
 
 
 class _NativeTable:
@@ -306,16 +320,19 @@ def _together(lists: list[Ids]) -> tuple[NDArray[np.int64], NDArray[np.int64]] |
     return np.concatenate(integers), np.cumsum([len(one) for one in lists])
 
 
-class _NumpyTable:
-    level = NUMPY
+class _BlockTable:
+    """Scores one block of a list after the other, by the reference or by a head's own graph."""
 
-    def __init__(self, layout: RecordLayout, rows: NDArray[np.uint8], finder: Finder) -> None:
+    def __init__(self, layout: ItemLayout, rows: NDArray[np.uint8], finder: Finder, scorer: Scorer, level: str) -> None:
         if rows.shape != (len(finder), layout.stride) or rows.dtype != np.uint8:
             raise KernelError(
                 f"the table cannot be opened (rows are {rows.shape} {rows.dtype}, "
                 f"not ({len(finder)}, {layout.stride}) uint8)"
             )
-        self._layout, self._rows, self._finder = layout, rows, finder
+        self.level = level
+        self._layout, self._rows, self._finder, self._scorer = layout, rows, finder, scorer
+        self._block = GRAPH_BLOCK if level == GRAPH else reference.CHUNK
+        self._top_k = top_k if level == GRAPH else reference.top_k
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -324,21 +341,25 @@ class _NumpyTable:
         return self._finder.lookup(ids)
 
     def records(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        return record.unpack(self._layout, self._rows[rows])
+        found = self._rows[rows]
+        if isinstance(self._layout, PlainLayout):
+            return plain.unpack(self._layout, found)
+        return record.unpack(self._layout, found)
 
     def score(self, user: NDArray[np.float32], rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        return reference.score(self._layout.head, user, self.records(rows))
+        blocks = [rows[at : at + self._block] for at in range(0, max(len(rows), 1), self._block)]
+        return np.concatenate([self._scorer(user, self.records(block)) for block in blocks])
 
     def rank(self, user: NDArray[np.float32], ids: Ids, k: int, deadline_ns: int = 0) -> Ranked:
         rows = self.lookup(ids)
         scores, seen = [np.empty(0, np.float32)], 0
         while seen < len(rows) and not (deadline_ns and monotonic_ns() > deadline_ns):
-            part = rows[seen : seen + reference.CHUNK]
+            part = rows[seen : seen + self._block]
             scores.append(self.score(user, part[part >= 0]))
             seen += len(part)
         known = np.flatnonzero(rows[:seen] >= 0).astype(np.int32)
         together = np.concatenate(scores)
-        best = reference.top_k(together, k)
+        best = self._top_k(together, k)
         return Ranked(known[best], together[best], np.flatnonzero(rows[:seen] < 0).astype(np.int32), seen)
 
     def rank_batch(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 HeadKind = Literal["maxsim", "cross_attention", "onnx"]
+Scorer = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]  # user, items -> scores
 
 USER_PARTS: dict[str, int] = {"maxsim": 1, "cross_attention": 5, "onnx": 1}  # E | E V G A B | whatever the graph reads
 ITEM_PARTS: dict[str, int] = {"maxsim": 1, "cross_attention": 3, "onnx": 1}  # E | E V G | whatever the graph reads

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class _Part(NamedTuple):
 class RecordLayout:
     """Where everything of one item record lies."""
 
+    form: ClassVar[Literal["quads"]] = "quads"
     head: HeadSpec
     dtype: Dtype
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,13 +24,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from kernel.head import HeadSpec
+from kernel.head import HeadSpec, Scorer
 from kernel.reference import score
 from model.errors import BundleError
 from model.features import FeatureSpec
 from model.tower import GraphHead, Tower
-
-Scorer = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]  # user, items -> scores
 
 FORMAT = 1
 FILES = ("spec.json", "user.onnx", "item.onnx", "probe.safetensors", "warmup.json")
@@ -83,6 +81,10 @@ class Bundle:
         """Names of all files but the manifest."""
         return files_of(self.manifest)
 
+    def graph(self, *, threads: int = 1) -> GraphHead | None:
+        """The head's own graph, None where a kernel scores. BundleError when it reads other records than the head."""
+        return open_graph(self.folder, self.head, threads=threads) if self.head.kind == "onnx" else None
+
     def scorer(self, *, threads: int = 1) -> Scorer:
         """What scores: the reference of the kernels, or the head's own graph."""
         return open_scorer(self.folder, self.head, threads=threads)
@@ -113,8 +115,11 @@ class Bundle:
 
 def open_scorer(folder: Path, head: HeadSpec, *, threads: int = 1) -> Scorer:
     """The scorer of the bundle in `folder`; BundleError when its graph reads other records than the head names."""
-    if head.kind != "onnx":
-        return partial(score, head)
+    return open_graph(folder, head, threads=threads) if head.kind == "onnx" else partial(score, head)
+
+
+def open_graph(folder: Path, head: HeadSpec, *, threads: int = 1) -> GraphHead:
+    """The graph of a head of kind `onnx`."""
     graph = GraphHead(folder / HEAD_FILE, threads=threads)
     if (graph.user_size, graph.item_size) != (head.user_size, head.item_size):
         raise BundleError(

@@ -157,7 +157,7 @@ class Service:
             "ready": standing.ranker is not None and not self.draining,
             "release": standing.ranker.release if standing.ranker else None,
             "bundle": standing.ranker.bundle.id if standing.ranker else None,
-            "kernel": engine.level(),
+            "kernel": standing.ranker.table.level if standing.ranker else engine.level(),
             "draining": self.draining,
             "users": standing.users,
             "retrieval": standing.ranker is not None and standing.ranker.index is not None,
@@ -194,10 +194,7 @@ class Service:
         )
         if self.settings.retrieval and ranker.index is None and self._warned != ranker.release:
             self._warned = ranker.release
-            log.warning(
-                "release %s has no index, so /v1/retrieve answers 409: publish it with --index flat or ivf-sq8",
-                ranker.release,
-            )
+            log.warning("/v1/retrieve answers 409: %s", ranker.no_index())
         self.telemetry.serve_release(ranker.release, ranker.bundle.id)
 
     def _drain_on_sigterm(self) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cache.release import BUNDLE, INDEX, ITEMS, Release, read_release
 from cache.snapshot import Snapshot, as_integers, as_texts
-from kernel.engine import Ranked, check_native, top_k
+from kernel.engine import Ranked, Table, check_native, top_k
 from kernel.ids import Ids, Texts
 from kernel.items import probabilities
 from kernel.record import RecordLayout
@@ -83,12 +83,13 @@ class Ranker:
         users: Snapshot | None = None,
         index: RetrievalIndex | None = None,
         tower: Tower | None = None,
+        table: Table | None = None,
         user_cache: UserCache | None = None,
     ) -> None:
         _check_items(document, bundle, items)
         _check_users(bundle, users)
         self.document, self.bundle, self.items, self.users, self.index = document, bundle, items, users, index
-        self.table = items.table(bundle.head)
+        self.table = items.table(bundle.head, bundle.graph()) if table is None else table
         self.release = document.id
         self.spec, self.head = bundle.spec, bundle.head
         self._tower, self._user_cache = tower or bundle.user_tower(), user_cache
@@ -131,6 +132,7 @@ class Ranker:
             users=table,
             index=self.index,
             tower=self._tower,
+            table=self.table,
             user_cache=self._user_cache,
         )
 
@@ -237,7 +239,7 @@ class Ranker:
         """
         clock = clock or StageClock()
         if self.index is None:
-            raise self._no_index()
+            raise self.no_index()
         user = self._encode(request, "")
         clock.lap("encode")
         record = self._record(user.features)
@@ -272,6 +274,12 @@ class Ranker:
 
     def _encode(self, request: UserRequest[Any, Any], place: str) -> _User:
         """Input of the user tower: the row of the user table, and over it what the request sends, field by field."""
+        if request.explain and self.head.kind == "onnx":
+            raise RequestError(
+                f"{place}explain: release {self.release} has a head of kind onnx, where no item head wins",
+                field=f"{place}explain",
+                remedy="leave explain out",
+            )
         sent = self._sent(request, place)
         try:
             features = self.spec.encode_row("user", sent)
@@ -331,6 +339,8 @@ class Ranker:
         Raises BundleError or ReleaseError when this machine gives others.
         """
         self.bundle.check_probe(self._tower, self.bundle.item_tower())
+        if self.head.kind == "onnx":  # its graph has been checked with the towers
+            return
         probe = read_probe(self.bundle.folder)
         layout = RecordLayout(self.head, self.items.dtype)
         for user in probe["user_records"]:
@@ -406,10 +416,16 @@ class Ranker:
             return name
         return next((f"{side}.{name}" for side, names in self.names.items() if name in names), name)
 
-    def _no_index(self) -> RetrievalOff:
+    def no_index(self) -> RetrievalOff:
+        """Why there is no retrieval."""
+        if self.head.kind == "onnx":
+            return RetrievalOff(
+                f"release {self.release} has a head of kind onnx, which has no vectors to search",
+                remedy="send candidates to /v1/rank",
+            )
         if self.document.index == "none":
             return RetrievalOff(
-                f"release {self.release} has no retrieval index", remedy="publish it with --index flat or ivf-sq8"
+                f"release {self.release} has no index", remedy="publish it with --index flat or ivf-sq8"
             )
         return RetrievalOff(f"the index of release {self.release} is not loaded", remedy="serve with --retrieval")
 
@@ -421,12 +437,7 @@ def _open_index(path: Path) -> RetrievalIndex:
 
 
 def _check_items(document: Release, bundle: Bundle, items: Snapshot) -> None:
-    """Raise ReleaseError unless the snapshot was embedded with this bundle and can be scored here."""
-    if bundle.head.kind == "onnx":
-        raise ReleaseError(
-            f"release {document.id} has a head of kind onnx, not scored here",
-            remedy="export a maxsim or cross_attention head",
-        )
+    """Raise ReleaseError unless the snapshot was embedded with this bundle."""
     if not document.bundle_id == bundle.id == items.owner:
         raise ReleaseError(
             f"release {document.id} is of bundle {document.bundle_id}, holds {bundle.id}, and items of {items.owner}",

@@ -52,7 +52,10 @@ class UserBody(_Record):
     top_k: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = Field(
         None, description=f"Items to answer with, at most; {TOP_K} where absent."
     )
-    explain: bool | None = Field(None, description="Say for each item which of its heads each user head chose.")
+    explain: bool | None = Field(
+        None,
+        description="Say for each item which of its heads each user head chose; refused where the head is a graph.",
+    )
     deadline_ms: Annotated[int, Field(ge=1, le=DEADLINE_MS)] | None = Field(
         None, description="Milliseconds after arrival within which scoring must have begun."
     )
@@ -152,7 +155,7 @@ class ReleaseAnswer(_Record):
     metrics: dict[str, Any]
     calibrated: bool
     retrieval: bool
-    kernel: str
+    kernel: str = Field(description="What scores: a level of the kernel, or `onnxruntime` where the head is a graph.")
 
 
 class Alive(_Record):
@@ -167,7 +170,7 @@ class Ready(BaseModel):
     ready: bool
     release: str | None
     bundle: str | None
-    kernel: str
+    kernel: str = Field(description="As in `/v1/release`; before a release is loaded, the level that will score it.")
     draining: bool
     users: str | None = Field(description="Version of the user table, null without one.")
     retrieval: bool = Field(description="Whether an index is loaded, so that /v1/retrieve answers.")

@@ -17,6 +17,7 @@ from tests.graphs import write_bundle
 from tests.logs import write_tiny_log
 
 MAXSIM = HeadSpec(kind="maxsim", user_heads=2, item_heads=2, dim=8, scale=2.0, item_bias=True)
+GRAPH = HeadSpec(kind="onnx", user_heads=12, item_heads=20, dim=1, scale=1.0)
 CROSS = HeadSpec(kind="cross_attention", user_heads=2, item_heads=2, dim=8, scale=2.0, item_bias=True)
 
 

@@ -13,10 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from kernel.head import HeadSpec
-from kernel.reference import score
-from model.bundle import seal_bundle
+from model.bundle import HEAD_FILE, open_scorer, seal_bundle
 from model.features import FeatureSpec
-from model.tower import INPUT, OUTPUT, Tower
+from model.tower import HEAD_INPUTS, HEAD_OUTPUT, INPUT, OUTPUT, Tower
 
 
 def write_tower(path: Path, sizes: Sequence[int], size: int, seed: int, output: str = OUTPUT) -> list[np.ndarray]:
@@ -42,6 +41,26 @@ def write_tower(path: Path, sizes: Sequence[int], size: int, seed: int, output: 
     return tables
 
 
+def write_head(path: Path, head: HeadSpec, seed: int) -> None:
+    """A head of kind onnx whose score is the sum of tanh(user * (items A)) over the user's floats."""
+    table = np.random.default_rng(seed).normal(0, 0.05, (head.item_size, head.user_size)).astype(np.float32)
+    user, items = HEAD_INPUTS
+    nodes = [
+        helper.make_node("MatMul", [items, "a"], ["mapped"]),
+        helper.make_node("Mul", ["mapped", user], ["product"]),
+        helper.make_node("Tanh", ["product"], ["bent"]),
+        helper.make_node("ReduceSum", ["bent", "axis"], [HEAD_OUTPUT], keepdims=0),
+    ]
+    constants = [numpy_helper.from_array(table, "a"), numpy_helper.from_array(np.array([1], np.int64), "axis")]
+    inputs = [
+        helper.make_tensor_value_info(user, TensorProto.FLOAT, [1, head.user_size]),
+        helper.make_tensor_value_info(items, TensorProto.FLOAT, ["items", head.item_size]),
+    ]
+    outputs = [helper.make_tensor_value_info(HEAD_OUTPUT, TensorProto.FLOAT, ["items"])]
+    graph = helper.make_graph(nodes, path.stem, inputs, outputs, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+
+
 def write_bundle(
     folder: Path,
     spec: FeatureSpec,
@@ -51,7 +70,7 @@ def write_bundle(
     warmup: Sequence[Mapping[str, Any]] = (),
     calibration: Mapping[str, float] | None = None,
 ) -> Path:
-    """A sealed bundle of two hand-made towers; differs in every record when `seed` differs."""
+    """A sealed bundle of two hand-made towers, and a head where it is a graph; all differ when `seed` does."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     inputs = {}
@@ -60,6 +79,9 @@ def write_bundle(
         sizes = [spec.owner(field).size for field in fields for _ in range(field.length)]
         write_tower(folder / f"{tower}.onnx", sizes, size, seed=2 * seed + (tower == "item"))
         inputs[tower] = np.stack([rng.integers(0, rows, 4) for rows in sizes], axis=1).astype(np.int32)
+    if head.kind == "onnx":
+        write_head(folder / HEAD_FILE, head, seed)
+    scorer = open_scorer(folder, head)
     users = Tower(folder / "user.onnx").run(inputs["user"])
     items = Tower(folder / "item.onnx").run(inputs["item"])
     probe = {
@@ -67,7 +89,7 @@ def write_bundle(
         "item_features": inputs["item"],
         "user_records": users,
         "item_records": items,
-        "scores": np.stack([score(head, user, items) for user in users]),
+        "scores": np.stack([scorer(user, items) for user in users]),
     }
     save_file(probe, folder / "probe.safetensors")
     spec.save(folder / "spec.json")

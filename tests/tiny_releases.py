@@ -14,7 +14,8 @@ from cache.release import BUNDLE, INDEX, ITEMS, USER_TABLE, seal_release
 from cache.snapshot import Snapshot, SnapshotWriter
 from cache.store import ReleaseStore
 from kernel.head import HeadSpec
-from kernel.record import Dtype, RecordLayout
+from kernel.plain import item_layout
+from kernel.record import Dtype
 from model.bundle import Bundle, open_bundle
 from model.features import FeatureSpec, Field, IdType
 from tests.graphs import write_bundle
@@ -24,6 +25,7 @@ DEVICES, TASTES = ("phone", "tablet", "desktop"), ("jazz", "rock", "folk")
 HEADS = {
     "maxsim": HeadSpec(kind="maxsim", user_heads=2, item_heads=3, dim=8, scale=2.0, item_bias=True),
     "cross_attention": HeadSpec(kind="cross_attention", user_heads=3, item_heads=2, dim=8, scale=1.5),
+    "onnx": HeadSpec(kind="onnx", user_heads=12, item_heads=20, dim=1, scale=1.0),
 }
 
 
@@ -123,13 +125,13 @@ def write_table(
     head: HeadSpec | None = None,
     dtype: Dtype = "f32",
 ) -> Snapshot:
-    """A snapshot file of these records (n, size): int32, or float32 to be packed for a head."""
+    """A snapshot file of these records (n, size): int32, or float32 to be stored as a head reads them."""
     writer = SnapshotWriter(
         path,
         kind=kind,
         owner=owner,
         id_type="string" if isinstance(ids[0], str) else "int",
-        layout=None if head is None else RecordLayout(head, dtype),
+        layout=None if head is None else item_layout(head, dtype),
         record_size=records.shape[1],
     )
     with writer:

@@ -19,8 +19,9 @@ from cache.file_store import FileStore
 from cache.release import INDEX, ITEMS, RELEASE, USER_TABLE, Progress, no_progress, read_release
 from cache.snapshot import Snapshot
 from cache.store import STORES, open_store
+from kernel.errors import KernelError
 from model.errors import DataError
-from tests.catalogues import CROSS, MAXSIM, Shop, open_shop
+from tests.catalogues import CROSS, GRAPH, MAXSIM, Shop, open_shop
 from tests.redis_server import redis_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +155,21 @@ def test_verify_prints_the_recall_of_retrieval(shop: Shop, url: str) -> None:
         run("verify", "--store", url, "--per-head", 1)
     publish(shop, url)
     assert "it has no index" in run("verify", "--store", url)
+
+
+def test_a_head_that_is_a_graph_is_published_like_any_other(tmp_path: Path, url: str) -> None:
+    shop = open_shop(tmp_path / "shop", items=150, head=GRAPH)
+    said = publish(shop, url)
+    assert "150 items (150 embedded)" in said
+    assert "records are f16: f16 keeps " in said
+    assert "150 items, 150 before (150 reused)" in publish(shop, url, "--incremental")
+    said = run("verify", "--store", url)
+    assert "all hashes of" in said
+    assert "it has no index (its head is a graph)" in said
+    with pytest.raises(StoreError, match="no vectors to search: publish with --index none"):
+        publish(shop, url, "--index", "flat")
+    with pytest.raises(KernelError, match="use auto, f32 or f16"):
+        publish(shop, url, "--dtype", "int8")
 
 
 def test_verify_prints_the_curve_for_cross_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

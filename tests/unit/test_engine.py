@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from kernel import engine, record, reference
 from kernel.engine import Index, open_index, open_table
 from kernel.errors import KernelError
-from kernel.head import HeadKind
+from kernel.head import HeadKind, HeadSpec
 from kernel.ids import Texts
+from kernel.plain import PlainLayout
 from kernel.record import DTYPES, Dtype, RecordLayout
 from tests.kernels import COUNTS, KINDS, NATIVE, SHAPES, head_of, index_of, made, table_of
 
@@ -427,3 +428,60 @@ def test_the_kernel_is_checked_against_the_reference(level: str, caplog: pytest.
     user, items = made(head, 10)
     for dtype in DTYPES:
         assert engine.check_native(RecordLayout(head, dtype), user, items) < 1e-4
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+GRAPH = HeadSpec(kind="onnx", user_heads=3, item_heads=5, dim=1, scale=1.0)
+
+
+class Product:
+    """A graph's place: the sum of all products of the user's floats and the item's; notes how many items came."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def __call__(self, user: np.ndarray, items: np.ndarray) -> np.ndarray:
+        self.counts.append(len(items))
+        scores: np.ndarray = user.sum() * items.sum(axis=1)
+        return scores
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_a_graph_scores_plain_records_block_by_block(level: str, dtype: Dtype) -> None:
+    items = np.random.default_rng(1).integers(-8, 8, (700, 5)).astype(np.float32)  # f16 holds them
+    user, scorer, layout = np.ones(3, np.float32), Product(), PlainLayout(GRAPH, dtype)
+    keys = np.arange(700, dtype=np.uint64)
+    finder = open_index(Index(engine.build_index(keys), 700))
+    table = open_table(layout, engine.pack(layout, items), finder, scorer)
+    assert (table.level, len(table)) == (engine.GRAPH, 700)
+    ids = np.arange(-100, 700)
+    ranked = table.rank(user, ids, 50)
+    expected = 3 * items.sum(axis=1)
+    best = reference.top_k(expected, 50)
+    np.testing.assert_array_equal(ranked.positions, best + 100)
+    np.testing.assert_array_equal(ranked.scores, expected[best])
+    np.testing.assert_array_equal(ranked.missing, np.arange(100))
+    assert (ranked.seen, scorer.counts) == (800, [156, 256, 256, 32])
+    np.testing.assert_array_equal(table.score(user, np.arange(700, dtype=np.int32)), expected)
+    np.testing.assert_array_equal(table.records(np.array([3, 1], np.int32)), items[[3, 1]])
+    assert table.rank(user, ids, 50, monotonic_ns() - 1).seen == 0
+    assert len(table.rank(user, ids[:0], 50).scores) == 0
+
+
+def test_a_graph_reads_the_clock_before_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, scorer = PlainLayout(GRAPH, "f32"), Product()
+    rows = engine.pack(layout, np.ones((600, 5), np.float32))
+    table = open_table(layout, rows, index_of(np.arange(600)), scorer)
+    moments = iter([1, 5, 6])
+    monkeypatch.setattr(engine, "monotonic_ns", lambda: next(moments))
+    ranked = table.rank(np.ones(3, np.float32), np.arange(600), 1000, deadline_ns=5)
+    assert (ranked.seen, len(ranked.scores), scorer.counts) == (512, 512, [256, 256])
+
+
+def test_plain_records_without_a_graph_are_refused(level: str) -> None:
+    layout = PlainLayout(GRAPH, "f32")
+    with pytest.raises(KernelError, match="no kernel scores a head of kind onnx: its graph is missing"):
+        open_table(layout, np.zeros((2, layout.stride), np.uint8), index_of(np.arange(2)))
+    with pytest.raises(KernelError, match="cannot be opened"):
+        open_table(layout, np.zeros((2, layout.stride + 64), np.uint8), index_of(np.arange(2)), Product())

@@ -17,8 +17,9 @@ from cache.errors import StoreError
 from cache.precision import Precision, choose_precision, kendall_tau
 from cache.release import ITEMS, read_release
 from cache.snapshot import Snapshot
+from kernel.errors import KernelError
 from model.bundle import Bundle, open_bundle
-from tests.catalogues import CROSS, MAXSIM, Shop, open_shop
+from tests.catalogues import CROSS, GRAPH, MAXSIM, Shop, open_shop
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,31 @@ def test_cross_attention_is_measured_alike(tmp_path: Path) -> None:
     shop = open_shop(tmp_path, items=120, head=CROSS)
     found = choose_precision(open_bundle(shop.bundle), open_catalogue(shop.items, shop.spec), "int8")
     assert found.costs["int8"].tau > 0.9
+
+
+def test_a_graph_is_measured_in_half_the_bits_and_never_in_eight(tmp_path: Path) -> None:
+    shop = open_shop(tmp_path, items=400, head=GRAPH)
+    opened = open_bundle(shop.bundle), open_catalogue(shop.items, shop.spec)
+    found = choose_precision(*opened, "auto")
+    assert ([*found.costs], found.dtype) == (["f16"], "f16")
+    assert 0.99 < found.costs["f16"].tau < 1
+    assert found.tell().startswith("records are f16: f16 keeps ")
+    assert choose_precision(*opened, "auto", kept="f32").dtype == "f16"
+    with pytest.raises(KernelError, match=r"'int8', but the graph of a head of kind onnx .*: use auto, f32 or f16"):
+        build_release(shop.bundle, shop.items, tmp_path / "release", dtype="int8")
+    assert not (tmp_path / "release").exists()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_the_records_of_a_graph_are_used_again_where_nothing_changed(tmp_path: Path, dtype: str) -> None:
+    shop = open_shop(tmp_path, items=400, head=GRAPH)
+    before = build_release(shop.bundle, shop.items, tmp_path / "before", dtype=dtype)
+    changed = shop.changed("changed", price=np.arange(400) % 3 + 0.5)
+    together = build_release(shop.bundle, changed, tmp_path / "together", dtype=dtype, previous=before)
+    assert 0 < read_release(together).report["reused"] < 400
+    alone = build_release(shop.bundle, changed, tmp_path / "alone", dtype=dtype)
+    assert (together / ITEMS).read_bytes() == (alone / ITEMS).read_bytes()
+    Snapshot.open(together / ITEMS).verify()
 
 
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=30))

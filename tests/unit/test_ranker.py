@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.errors import SnapshotError
 from cache.release import ITEMS, seal_release
+from kernel import engine
 from kernel.reference import score_oracle
 from model.errors import BundleError, RankTowerError
 from service.errors import ReleaseError, RequestError, RetrievalOff
@@ -36,9 +39,11 @@ def ranker(made: TinyRelease) -> Ranker:
 
 
 def oracle(ranker: Ranker, row: dict[str, Any], ids: list[Any]) -> np.ndarray:
-    """float64 scores of known items for a user encoded from this row of raw features."""
+    """float64 scores, or a graph's own, of known items for a user encoded from this row of raw features."""
     record = ranker.bundle.user_tower().run(ranker.spec.encode_row("user", row)[None])[0]
     records = ranker.table.records(ranker.items.lookup(ids))
+    if ranker.head.kind == "onnx":
+        return ranker.bundle.scorer()(record, records)
     return score_oracle(ranker.head, record, records)
 
 
@@ -336,12 +341,16 @@ def test_records_of_another_size_are_refused(tmp_path: Path, size: int) -> None:
         Ranker.open(release.folder)
 
 
-def test_a_head_that_cannot_be_scored_is_refused(tmp_path: Path) -> None:
-    ranker = Ranker.open(tiny_release(tmp_path).folder)
-    other = replace(ranker.bundle)
-    vars(other)["head"] = replace(ranker.head, kind="onnx")
-    with pytest.raises(ReleaseError, match="head of kind onnx"):
-        Ranker(ranker.document, other, ranker.items)
+def test_packed_items_under_a_head_that_has_its_own_graph_are_refused(tmp_path: Path) -> None:
+    release = tiny_release(tmp_path, kind="onnx")
+    packed = replace(HEADS["maxsim"], item_heads=1, dim=release.head.item_size - 1)
+    records = np.zeros((2, release.head.item_size), np.float32)
+    write_table(release.folder / ITEMS, "items", release.bundle.id, [1, 2], records, packed)
+    seal_release(release.folder, bundle_id=release.bundle.id, head=release.head)
+    with pytest.raises(
+        SnapshotError, match=r"its records are \('quads', 20, 144\) .*, the head reads \('plain', 20, 128\)"
+    ):
+        Ranker.open(release.folder)
 
 
 def test_a_user_table_of_another_specification_is_refused(made: TinyRelease, tmp_path: Path) -> None:
@@ -398,3 +407,67 @@ def test_what_the_deadline_cuts_off_follows_in_the_order_of_the_caller(ranker: R
     assert (cut.ids, cut.scored, cut.missing.tolist()) == ([9, 101, 100], 0, [])
     assert np.isnan(cut.scores).all()
     assert ranker.rank(Rank(candidates=[9, 101, 100], on_missing="drop"), deadline_ns=1).ids == [9, 101, 100]
+
+
+# --- heads that are graphs
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
+    release = tiny_release(tmp_path_factory.mktemp("graph"), kind="onnx", items=700, calibration={"a": 0.1, "b": -1.0})
+    return Ranker.open(release.folder, release.users)
+
+
+def test_a_graph_ranks_a_batch_as_one_by_one(graph: Ranker) -> None:
+    candidates = [*range(90, 800), 100, 101]  # ten are unknown, two come twice, three blocks
+    requests = [Rank(user_id=user, candidates=candidates[user:], top_k=30) for user in (3, 4, 99)]
+    for together, request in zip(graph.rank_batch(requests), requests, strict=True):
+        alone = graph.rank(request)
+        assert together.scores.tobytes() == alone.scores.tobytes()
+        assert (together.ids, together.missing.tolist()) == (alone.ids, alone.missing.tolist())
+        assert (alone.scored, alone.candidates) == (
+            len(request.candidates) - len(alone.missing),
+            len(request.candidates),
+        )
+        assert alone.probabilities is not None
+        np.testing.assert_allclose(alone.probabilities, 1 / (1 + np.exp(1 - 0.1 * alone.scores)), rtol=1e-5)
+
+
+def test_a_graph_scores_duplicates_alike_and_ties_keep_the_order(graph: Ranker) -> None:
+    ranking = graph.rank(Rank(candidates=[100, 101, 102] * 200, top_k=600))
+    assert ranking.positions is not None
+    for start in (0, 200, 400):
+        assert len({*ranking.ids[start : start + 200]}) == 1
+        assert (np.diff(ranking.positions[start : start + 200]) == 3).all()
+
+
+def test_a_graph_stops_at_the_deadline(graph: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([1, 1, 9])
+    monkeypatch.setattr(engine, "monotonic_ns", lambda: next(moments))
+    cut = graph.rank(Rank(candidates=[9, *range(100, 800)], top_k=1000), deadline_ns=5)
+    assert (cut.scored, cut.missing.tolist()) == (511, [9])
+    assert not np.isnan(cut.scores[:511]).any()
+    assert cut.ids[511:] == [9, *range(611, 800)]
+    assert np.isnan(cut.scores[511:]).all()
+
+
+@pytest.mark.parametrize("place", ["", "requests[1]."])
+def test_a_graph_explains_nothing_and_says_so(graph: Ranker, place: str) -> None:
+    right, wrong = Rank(candidates=[100]), Rank(candidates=[100], explain=True)
+    ask = partial(graph.rank_batch, [right, wrong]) if place else partial(graph.rank, wrong)
+    with pytest.raises(RequestError, match=r"head of kind onnx.*: leave explain out") as caught:
+        ask()
+    assert caught.value.field == f"{place}explain"
+
+
+def test_a_graph_has_no_vectors_to_retrieve_with(graph: Ranker) -> None:
+    with pytest.raises(RetrievalOff, match=r"no vectors to search: send candidates to /v1/rank"):
+        graph.retrieve(RetrieveRequest())
+
+
+def test_another_user_table_opens_no_other_graph(graph: Ranker) -> None:
+    other = graph.with_users(None)
+    assert other.table is graph.table
+    assert (graph.describe()["kernel"], graph.describe()["dtype"]) == ("onnxruntime", "f32")
+    assert other.warm_up() == other.candidate_ns > 0
+    other.check()

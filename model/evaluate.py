@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from model.bundle import Scorer, open_bundle
+from kernel.head import Scorer
+from model.bundle import open_bundle
 from model.datasets.log import IMPRESSION, SPLITS, TEST, Log
 from model.errors import DataError
 from model.features import HISTORY, FeatureSpec

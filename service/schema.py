@@ -170,7 +170,7 @@ class Ready(BaseModel):
     ready: bool
     release: str | None
     bundle: str | None
-    kernel: str = Field(description="As in `/v1/release`; before a release is loaded, the level that will score it.")
+    kernel: str = Field(description="As in `/v1/release`; while no release is loaded, the kernel's level.")
     draining: bool
     users: str | None = Field(description="Version of the user table, null without one.")
     retrieval: bool = Field(description="Whether an index is loaded, so that /v1/retrieve answers.")

@@ -145,6 +145,16 @@ def test_a_batch_is_what_its_rankings_are_alone(made: Made) -> None:
         assert answer["rankings"][3]["items"] == []
 
 
+def test_a_score_does_not_depend_on_what_else_is_scored(made: Made) -> None:
+    body = {"user_id": made.user, "candidates": made.items, "top_k": 1000}
+    with running(made.store) as service:
+        made.activate(service, "cold")
+        together = scores_of(service.post("/v1/rank", body).json())
+        for start, count in ((0, 1), (3, 2), (255, 2), (300, 17), (600, 100)):
+            few = scores_of(service.post("/v1/rank", {**body, "candidates": made.items[start : start + count]}).json())
+            assert few == {item: together[item] for item in made.items[start : start + count]}
+
+
 def test_what_a_graph_cannot_do_is_a_problem_with_a_remedy(made: Made) -> None:
     with running(made.store, retrieval=True) as service:
         made.activate(service, "cold")

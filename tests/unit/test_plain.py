@@ -45,6 +45,6 @@ def test_eight_bits_are_refused_with_what_to_use() -> None:
 
 
 def test_the_head_decides_on_the_layout() -> None:
-    packed = item_layout(replace(HEAD, kind="maxsim", dim=8), "int8")
+    packed = item_layout(replace(HEAD, kind="maxsim", item_heads=2, dim=8), "int8")
     assert isinstance(packed, RecordLayout)
     assert (packed.form, item_layout(HEAD, "f16").form) == ("quads", "plain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -439,6 +440,14 @@ def test_a_graph_scores_duplicates_alike_and_ties_keep_the_order(graph: Ranker) 
     for start in (0, 200, 400):
         assert len({*ranking.ids[start : start + 200]}) == 1
         assert (np.diff(ranking.positions[start : start + 200]) == 3).all()
+
+
+def test_threads_that_share_a_graph_get_the_scores_of_their_own_users(graph: Ranker) -> None:
+    requests = [Rank(user_id=1 + number % 12, candidates=list(range(100, 800)), top_k=700) for number in range(48)]
+    alone = [graph.rank(request).scores.tobytes() for request in requests[:12]]
+    with ThreadPoolExecutor(4) as pool:
+        assert [ranking.scores.tobytes() for ranking in pool.map(graph.rank, requests)] == 4 * alone
+    assert len({*alone}) == 12
 
 
 def test_a_graph_stops_at_the_deadline(graph: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ RankTowerError            anything a user can mend; the command line prints it a
     SpecError             a feature specification or a network's options
         FeatureError      one value of one field cannot be encoded
     TrainError            a training run or its checkpoint
+        DivergedError     the loss is no longer a number
     BundleError           a bundle on disk
 """
 
@@ -34,6 +35,10 @@ class FeatureError(SpecError):
 
 class TrainError(RankTowerError):
     """A training run cannot start, go on or be read back."""
+
+
+class DivergedError(TrainError):
+    """The loss is no longer a finite number: the learning rate was too high."""
 
 
 class BundleError(RankTowerError):

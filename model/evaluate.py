@@ -61,12 +61,19 @@ def held_out(log: Log, split: int = TEST, *, size: int = SIZE, seed: int = 0, ra
 
 
 def measure(scores: np.ndarray, held: HeldOut, ks: Sequence[int] = KS) -> Row:
-    """Every metric of scores (L, n) with its interval over users.
+    """Every metric of scores (L, n) with its interval over users."""
+    columns, weights = list_metrics(scores, held.lists, held.requests.user, ks)
+    return bootstrap(columns, held.requests.user, weights)
 
-    Recall and NDCG rank the whole list; GAUC and AUC look at the impressions alone: does it tell what was taken from
-    what was shown?
+
+def list_metrics(
+    scores: np.ndarray, lists: Lists, user: np.ndarray, ks: Sequence[int] = KS
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Every metric of scores (L, n) by list, and the weights of those that have any: (L,) each, NaN where left out.
+
+    Recall and NDCG rank the whole list; GAUC looks at the impressions alone: does it tell what was taken from what was
+    shown? user: (L,) int.
     """
-    lists, user = held.lists, held.requests.user
     ranked = rank(scores, lists.grade, lists.mask)
     columns = {f"{name}@{k}": METRICS[name](ranked, k) for k in ks for name in ("recall", "ndcg")}
     shown = lists.stage == IMPRESSION
@@ -75,7 +82,7 @@ def measure(scores: np.ndarray, held: HeldOut, ks: Sequence[int] = KS) -> Row:
     area, sizes = group_auc(scores[shown], lists.grade[shown] > 0, shown_by, len(first))
     columns["gauc"], weight = np.full(len(user), np.nan), np.zeros(len(user))
     columns["gauc"][first], weight[first] = area, sizes  # a user's area stands at the user's first list
-    return bootstrap(columns, user, {"gauc": weight})
+    return columns, {"gauc": weight}
 
 
 def baselines(log: Log, held: HeldOut) -> dict[str, np.ndarray]:

@@ -33,7 +33,7 @@ from model.checkpoint import (
 )
 from model.datasets.log import IMPRESSION, TEST, VALID, Log
 from model.datasets.schema import Schema
-from model.errors import TrainError
+from model.errors import DivergedError, TrainError
 from model.evaluate import HeldOut, Row, baselines, held_out, measure, rows_to_json
 from model.features import UNKNOWN, FeatureSpec
 from model.losses import ARF, LOSSES, Hybrid, Labels
@@ -132,12 +132,21 @@ class Learner:
 
 
 def train(
-    log: Log, out: Path, recipe: Recipe, *, resume: bool = False, progress: Progress | None = None
+    log: Log,
+    out: Path,
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    teacher: Teacher | None = None,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Train by a recipe into the folder `out`; returns what metrics.json holds.
 
     Stops early on validation NDCG@10. With `resume`, goes on from the last whole epoch in `out`, bit for bit as if it
-    had never stopped. Raises TrainError when `out` holds something else or the recipe does not fit.
+    had never stopped. `teacher`: one fitted before on this log, to share among runs. Without `test` no test list is
+    made, so that the log may lack those events. Raises TrainError when `out` holds something else or the recipe does
+    not fit, DivergedError when the loss is no longer finite.
     """
     say = progress or (lambda what, done, total: None)
     _check(recipe)
@@ -146,7 +155,8 @@ def train(
     spec = fit_log_spec(log)
     learner = _set_up(recipe, spec, log.schema)
     done = _resumed(out, recipe, spec, learner) if resume else FRESH
-    teacher = _teacher(log, spec, recipe, out, resume, say)
+    if teacher is None or not recipe.teacher:
+        teacher = _teacher(log, spec, recipe, out, resume, say)
     material = _material(log, spec, teacher, recipe, say)
     while done["epoch"] < recipe.epochs and done["epoch"] - done["best_epoch"] < recipe.patience:
         line = _epoch(learner, material, recipe, done["epoch"] + 1, say)
@@ -155,7 +165,7 @@ def train(
         done = _keep(out, learner, recipe, spec, done, line)
         logger.info("%s", line)
     load_weights(learner.best, out / "weights.safetensors")
-    return _finish(log, out, learner.best, material, teacher, done, say)
+    return _finish(log, out, learner.best, material, teacher, done, say, test)
 
 
 # --- set-up ---------------------------------------------------------------------------------------------
@@ -381,7 +391,7 @@ def _with_unknowns(rows: np.ndarray, column: slice | None, share: float, rng: np
 
 def _step(learner: Learner, loss: Tensor, clip: float) -> None:
     if not torch.isfinite(loss):
-        raise TrainError(f"the loss became {float(loss.detach())}: lower the learning rate")
+        raise DivergedError(f"the loss became {float(loss.detach())}: lower the learning rate")
     learner.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(learner.network.parameters(), clip)
@@ -440,33 +450,41 @@ def _finish(
     teacher: Teacher | None,
     done: dict[str, Any],
     say: Progress,
+    test: bool,
 ) -> dict[str, Any]:
-    """Test metrics, calibration and sample requests of the best weights."""
+    """Calibration and sample requests of the best weights, and their test metrics if these are wanted."""
     say("test", 0, 1)
-    spec = FeatureSpec.load(out / "spec.json")
-    test = held_out(log, TEST)
-    scores = score_network(network, encode_users(spec, log, test.requests), material.items, test.lists)
-    rows: dict[str, Row] = {"model": measure(scores, test)}
-    rows |= {name: measure(values, test) for name, values in baselines(log, test).items()}
     fitted = _calibration(network, material)
-    shown = test.lists.stage == IMPRESSION
-    probability = sigmoid(fitted.a * scores[shown] + fitted.b)
     metrics = {
-        **rows_to_json(rows),
-        "lists": test.describe(),
+        **(_test(log, out, network, material, fitted) if test else {}),
         "best_epoch": done["best_epoch"],
         "valid_ndcg@10": done["best"],
         "train_seconds": done["seconds"],
         "teacher": None if teacher is None else teacher.to_json(),
         "calibration": {"a": fitted.a, "b": fitted.b},
-        "calibration_error": expected_calibration_error(probability, test.lists.grade[shown] > 0),
         "log": {"name": log.schema.name, **log.report},
     }
     write_json(out / "warmup.json", _warmup(log, material.valid))
-    write_json(out / "heldout.json", _held_out_requests(log, test))
     write_json(out / "metrics.json", metrics)
     say("test", 1, 1)
     return metrics
+
+
+def _test(log: Log, out: Path, network: Network, material: Material, fitted: Calibration) -> dict[str, Any]:
+    """Metrics on the test lists; some of these become heldout.json."""
+    spec = FeatureSpec.load(out / "spec.json")
+    test = held_out(log, TEST)
+    scores = score_network(network, encode_users(spec, log, test.requests), material.items, test.lists)
+    rows: dict[str, Row] = {"model": measure(scores, test)}
+    rows |= {name: measure(values, test) for name, values in baselines(log, test).items()}
+    shown = test.lists.stage == IMPRESSION
+    probability = sigmoid(fitted.a * scores[shown] + fitted.b)
+    write_json(out / "heldout.json", _held_out_requests(log, test))
+    return {
+        **rows_to_json(rows),
+        "lists": test.describe(),
+        "calibration_error": expected_calibration_error(probability, test.lists.grade[shown] > 0),
+    }
 
 
 def _calibration(network: Network, material: Material) -> Calibration:

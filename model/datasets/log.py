@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from model.labels import grades
 
 __all__ = [
     "CANDIDATE", "IMPRESSION", "PADDING", "RANDOM", "SPLITS", "STAGES", "TEST", "TRAIN", "VALID",
-    "Log", "Requests", "Table", "histories", "latest_histories", "read_log", "requests",
+    "Log", "Requests", "Table", "histories", "latest_histories", "read_log", "requests", "without",
 ]  # fmt: skip
 
 PADDING = -1
@@ -92,6 +92,22 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self.user)
+
+
+def without(log: Log, split: int) -> Log:
+    """The log as if the events of one split had never been logged; its users and items stay."""
+    kept = log.split != split
+    stage = log.stage[kept]
+    return replace(
+        log,
+        request=_dense(log.request[kept]),
+        stage=stage,
+        teacher=None if log.teacher is None else log.teacher[kept],
+        context={name: column[kept] for name, column in log.context.items()},
+        has_stages=bool((stage != IMPRESSION).any()),
+        report={**log.report, "kept": int(kept.sum())},
+        **{name: getattr(log, name)[kept] for name in ("user", "item", "time", "feedback", "grade", "split")},
+    )
 
 
 def requests(log: Log) -> Requests:

@@ -1,0 +1,210 @@
+"""One data set under study: its log, its frozen test lists, and where each result of it lies.
+
+<root>/logs/<data>/                               the log in the documented form
+<root>/<data>-<content of the log>-<code>/        all results of one log by one version of the code that makes them
+    lists/<set>.npz, result.json                  the test lists, made before anything is trained, and what they are
+    teacher/                                      soft labels, fitted once for all runs
+    runs/<recipe>/                                a finished training: weights, epochs, result.json
+    searches/<row>.json                           the trials of a row's search and what they chose
+    tests/<recipe>/                               raw scores of the test lists, and result.json
+    tests.jsonl                                   a line for each time that test lists were scored
+    costs/<recipe>/result.json                    what serving costs
+
+Whatever is there is whole: folders are filled as `.<name>.part` and renamed, files are written beside their place.
+"""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from experiments.tables import recipe_name
+from model.checkpoint import write_json
+from model.datasets.log import TEST, TRAIN, Log, read_log, without
+from model.datasets.schema import FILE
+from model.evaluate import held_out
+from model.requests import SplitRequests, fit_log_spec
+from model.sampling import Lists
+from model.teacher import Teacher, fit_teacher
+from model.train import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = "result.json"
+SETS = {"full": False, "random": True}  # list sets: random negatives only?
+# Files of model/ that decide no result: adapters (the log's content is in the path), what serves, what prints.
+NO_PART = (
+    "cli.py",
+    "export.py",
+    "bundle.py",
+    "tower.py",
+    "fused.py",
+    "folders.py",
+    "errors.py",
+    "datasets/__init__.py",
+)
+NO_PART_ADAPTERS = ("alimama", "cascade", "csv_files", "form", "kuairand", "movielens", "own", "retailrocket", "taobao")
+NO_PART_ADAPTERS += ("userbehavior", "world")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TestSet:
+    """Frozen test lists with their users: all that a metric needs beside scores."""
+
+    lists: Lists
+    user: np.ndarray  # (L,) int32
+
+
+class Study:
+    """The log of one data set and the places of its results; what is expensive is made when it is first asked for."""
+
+    def __init__(self, root: Path, data: str) -> None:
+        self.root, self.data, self.source = root, data, root / "logs" / data
+        self.folder = root / f"{data}-{log_digest(self.source)}-{code_version()}"
+
+    @cached_property
+    def log(self) -> Log:
+        """The whole log. Only the test lists and their scores come from it."""
+        return read_log(self.source)
+
+    @cached_property
+    def seen(self) -> Log:
+        """The log without its test events: all that teachers, searches and trainings get to see."""
+        return without(self.log, TEST)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """Soft labels of the training impressions, the same for all runs."""
+        place = self.folder / "teacher"
+        if not (place / RESULT).is_file():
+            with filled(place) as part:
+                if part is not None:
+                    fitted = fit_teacher(self.seen, fit_log_spec(self.seen))
+                    save_file({"soft": fitted.soft}, part / "soft.safetensors")
+                    write_json(part / RESULT, fitted.to_json())
+        kept = json.loads((place / RESULT).read_text())
+        return Teacher(soft=load_file(place / "soft.safetensors")["soft"], auc=kept["auc"], logged=kept["logged"])
+
+    def run(self, recipe: Recipe) -> Path:
+        return self.folder / "runs" / recipe_name(recipe)
+
+    def test(self, recipe: Recipe) -> Path:
+        return self.folder / "tests" / recipe_name(recipe)
+
+    def cost(self, recipe: Recipe) -> Path:
+        return self.folder / "costs" / recipe_name(recipe)
+
+    def baseline(self, name: str) -> Path:
+        return self.folder / "tests" / name
+
+    def search(self, name: str) -> Path:
+        return self.folder / "searches" / f"{name}.json"
+
+    def freeze(self) -> None:
+        """Write the test lists and what they are, unless that was done; before anything is trained."""
+        with filled(self.folder / "lists") as part:
+            if part is None:
+                return
+            about = {}
+            for name in self.sets():
+                held = held_out(self.log, TEST, random_only=SETS[name])
+                save_lists(part / f"{name}.npz", held.lists, held.requests.user)
+                about[name] = held.describe()
+            schema, train = self.log.schema, self.log.split == TRAIN
+            log = {"name": schema.name, "split": schema.split.by, "events": len(self.log), "train": int(train.sum())}
+            write_json(part / RESULT, {"log": log, "sets": about, "stages": self.log.has_stages})
+
+    def sets(self) -> tuple[str, ...]:
+        """The list sets there are: a log with its own stages has one, as logged."""
+        return ("full",) if self.log.has_stages else tuple(SETS)
+
+    def list_sets(self) -> tuple[str, ...]:
+        """What is reported: the sets that were frozen, and the impressions of the first alone."""
+        return (*self.about()["sets"], "exposed")
+
+    def about(self) -> dict[str, Any]:
+        """What the log and its test lists are."""
+        found: dict[str, Any] = json.loads((self.folder / "lists" / RESULT).read_text())
+        return found
+
+    def test_set(self, name: str) -> TestSet:
+        """The frozen lists of a set."""
+        with np.load(self.folder / "lists" / f"{name}.npz", allow_pickle=False) as kept:
+            item = kept["item"]
+            lists = Lists(item=item, grade=kept["grade"], stage=kept["stage"], soft=np.zeros(item.shape, np.float32))
+            return TestSet(lists=lists, user=kept["user"])
+
+    @cached_property
+    def requests(self) -> SplitRequests:
+        """The requests of the test lists of every set, in their order."""
+        return held_out(self.log, TEST).requests
+
+
+def save_lists(path: Path, lists: Lists, user: np.ndarray) -> None:
+    np.savez_compressed(path, item=lists.item, grade=lists.grade, stage=lists.stage, user=user.astype(np.int32))
+
+
+def save_scores(folder: Path, scores: Mapping[str, np.ndarray]) -> None:
+    """Scores (L, n) of each list set; NaN never, whatever stands on padding."""
+    for name, values in scores.items():
+        np.savez_compressed(folder / f"{name}.npz", scores=values.astype(np.float32))
+
+
+def load_scores(folder: Path, name: str) -> np.ndarray:
+    """Scores (L, n) float32 of one list set."""
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as kept:
+        scores: np.ndarray = kept["scores"]
+        return scores
+
+
+def log_digest(folder: Path) -> str:
+    """12 hex digits of a log's content."""
+    content = hashlib.sha256()
+    for name in (FILE, "users.parquet", "items.parquet", "events.parquet"):
+        with (folder / name).open("rb") as stream:
+            content.update(hashlib.file_digest(stream, "sha256").digest())
+    return content.hexdigest()[:12]
+
+
+def code_version(folder: Path = ROOT / "model") -> str:
+    """12 hex digits of the code that decides results: of its syntax, so that comments and line breaks do not count."""
+    content = hashlib.sha256()
+    spared = {*NO_PART, *(f"datasets/{name}.py" for name in NO_PART_ADAPTERS)}
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).as_posix()
+        if name not in spared:
+            content.update(name.encode() + ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+    return content.hexdigest()[:12]
+
+
+@contextmanager
+def filled(folder: Path, *, keep: bool = False) -> Iterator[Path | None]:
+    """Give `.<name>.part` beside `folder` to fill, and rename it to `folder` at the end; None if that is there already.
+
+    What a killed process left in the part goes, or stays with `keep`. Of several processes one fills, the others wait;
+    on an error the part stays where it is.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.part")
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
+        if folder.is_dir():
+            yield None
+            return
+        if not keep:
+            shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(exist_ok=True)
+        yield part
+        os.replace(part, folder)

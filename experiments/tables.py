@@ -1,0 +1,185 @@
+"""Read the recipes of the paper's tables: TOML in, rows of training recipes with their search and budget out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from model.errors import RankTowerError
+from model.train import Recipe
+
+RECIPES = Path(__file__).parent / "recipes"
+BASE = "base"  # what all tables share: budgets, and the search
+BASELINES = ("popularity", "random")
+OPTIONS = ("options", "loss_options", "sampler_options")
+
+Changes = dict[str, Any]  # of a recipe, by name of a field or `options.name`
+
+
+class RecipeError(RankTowerError):
+    """A recipe file says something that no training takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One contestant of a table: what it changes in the base recipe, or a baseline that needs no training."""
+
+    name: str
+    baseline: str | None = None
+    changes: Changes = field(default_factory=dict)
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # in the order of search
+    paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # data set -> Recall@K, NDCG@K
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows to be measured alike on some data sets."""
+
+    name: str
+    title: str
+    data: tuple[str, ...]
+    reference: str  # the row that the others are compared with
+    rows: tuple[Row, ...]
+    cost: bool = False  # also measure what serving a row costs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What every row may spend."""
+
+    name: str
+    trials: int  # trainings of the search, at most
+    seeds: int
+    recipe: Changes  # for every row on every data set
+    data: Mapping[str, Changes]  # and on some data sets
+    made: Mapping[str, Any] | None = None  # settings of a simulated log that stands for all data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One training of a search."""
+
+    changes: Changes
+    score: float  # NDCG@10 on validation; -1 where the training diverged
+
+
+def names() -> tuple[str, ...]:
+    """The tables there are."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != BASE))
+
+
+def read_table(name: str, folder: Path = RECIPES) -> Table:
+    """A table by name. Raises RecipeError where a row is not a recipe."""
+    base, text = _read(folder / f"{BASE}.toml"), _read(folder / f"{name}.toml")
+    rows = tuple(_row(name, dict(entry), base["search"]) for entry in text.pop("rows"))
+    known = {row.name for row in rows}
+    table = Table(name=name, rows=rows, **{**text, "data": tuple(text["data"])})
+    if table.reference not in known or len(known) < len(rows):
+        raise RecipeError(f"recipes/{name}.toml: the reference must be one of the rows, and no two may share a name")
+    return table
+
+
+def read_budget(name: str, folder: Path = RECIPES) -> Budget:
+    """A budget of base.toml by name."""
+    budgets = _read(folder / f"{BASE}.toml")["budget"]
+    if name not in budgets:
+        raise RecipeError(f"budget {name!r} is not known: use one of {', '.join(budgets)}")
+    return Budget(name=name, **{"recipe": {}, "data": {}, **budgets[name]})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist: tables are {', '.join(names())}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _row(table: str, entry: dict[str, Any], search: Mapping[str, Sequence[Any]]) -> Row:
+    """A row of a file; what is neither its name nor about it is a change of the recipe."""
+    name, baseline, paper = entry.pop("name"), entry.pop("baseline", None), entry.pop("paper", {})
+    own = entry.pop("search", {})
+    if baseline is not None:
+        if baseline not in BASELINES or entry:
+            raise RecipeError(f"recipes/{table}.toml, {name}: a baseline is one of {', '.join(BASELINES)} and no more")
+        return Row(name=name, baseline=baseline, paper=paper)
+    row = Row(name=name, changes=entry, search={**search, **own}, paper=paper)
+    for key in {**entry, **row.search}:
+        if key.partition(".")[0] not in {known.name for known in fields(Recipe)} - {"seed"}:
+            raise RecipeError(f"recipes/{table}.toml, {name}: no recipe has {key!r}")
+    return row
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def recipe_of(row: Row, budget: Budget, data: str, changes: Changes, seed: int) -> Recipe:
+    """The training of a row: the budget's recipe, the data set's, the row's own, then what the search changed."""
+    recipe = Recipe(seed=seed)
+    for part in (budget.recipe, budget.data.get(data, {}), row.changes, changes):
+        recipe = changed(recipe, part)
+    return recipe
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with fields replaced; options are added to those there, also one by one as `options.name`."""
+    for key, value in changes.items():
+        place, _, option = key.partition(".")
+        if place in OPTIONS:
+            value = {**getattr(recipe, place), **({option: value} if option else value)}
+        recipe = replace(recipe, **{place: value})
+    return recipe
+
+
+def identity(value: Any) -> str:
+    """16 hex digits that name plain data by its content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """What a recipe is called among files: readable first, then the hash of all of it but the device."""
+    content = {key: value for key, value in asdict(recipe).items() if key != "device"}
+    return f"{recipe.network}-{recipe.loss}-{recipe.sampler}-seed{recipe.seed}-{identity(content)}"
+
+
+def search_name(row: Row, budget: Budget, data: str) -> str:
+    """What the search of a row is called among files: it names the recipe that it starts from and all it may try."""
+    start = {key: value for key, value in asdict(recipe_of(row, budget, data, {}, 0)).items() if key != "device"}
+    return f"search-{identity([start, list(row.search.items()), budget.trials])}"
+
+
+# --- search ----------------------------------------------------------------------------------------------------------
+
+
+def trials_of(row: Row, budget: Budget) -> int:
+    """How many trainings the search of a row takes."""
+    return min(budget.trials, 1 + sum(len(values) - 1 for values in row.search.values()))
+
+
+def search(row: Row, budget: Budget, score: Callable[[Changes], float]) -> list[Trial]:
+    """Try the values of one key after the other, each time keeping the best so far; the first of equals wins.
+
+    A key that waits for its turn stands at its first value.
+    """
+    best: Changes = {key: values[0] for key, values in row.search.items()}
+    trials: list[Trial] = []
+    for key, values in row.search.items():
+        for value in values:
+            changes = {**best, key: value}
+            if len(trials) == budget.trials:
+                break
+            if changes not in [trial.changes for trial in trials]:
+                trials.append(Trial(changes=changes, score=score(changes)))
+        best = chosen(trials).changes
+    return trials
+
+
+def chosen(trials: Sequence[Trial]) -> Trial:
+    """The best on validation, the first of equals."""
+    return max(trials, key=lambda trial: trial.score)

@@ -1,0 +1,229 @@
+"""Making a table: what is there is skipped, a killed process goes on, no search sees the test, results repeat."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from experiments import report, run
+from experiments.study import RESULT, Study, filled, load_scores
+from model.datasets.log import TEST, Log
+from model.errors import DivergedError
+from tests.logs import write_tiny_log
+
+ROWS = ("full", "without both")
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_log(tmp_path_factory.mktemp("data") / "tiny", users=40, items=60)
+
+
+def make(log: Path, out: Path, table: str = "sampling", rows: tuple[str, ...] = ROWS) -> Study:
+    assert run.main([table, "--data", str(log), "--budget", "tiny", "--out", str(out), "--rows", *rows]) == 0
+    return Study(out, log.name)
+
+
+@pytest.fixture(scope="module")
+def made(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return make(log, tmp_path_factory.mktemp("made"))
+
+
+def files(study: Study) -> dict[str, int]:
+    """When each result was written."""
+    return {str(path): path.stat().st_mtime_ns for path in study.folder.rglob("*") if path.suffix not in ("", ".lock")}
+
+
+def weights(study: Study) -> dict[str, bytes]:
+    """Of every finished training."""
+    return {path.parent.name: path.read_bytes() for path in study.folder.glob("runs/*/weights.safetensors")}
+
+
+def scores(study: Study) -> dict[tuple[str, str], bytes]:
+    found = [(folder, name) for folder in study.folder.glob("tests/*") for name in study.sets()]
+    return {(folder.name, name): load_scores(folder, name).tobytes() for folder, name in found}
+
+
+def test_a_row_leaves_its_trials_its_choice_and_one_test(made: Study) -> None:
+    runs = [json.loads(path.read_text()) for path in made.folder.glob(f"runs/*/{RESULT}")]
+    assert len(runs) == 4  # two rows, two trials; the chosen one is also the only seed
+    assert len(list(made.folder.glob(f"tests/*/{RESULT}"))) == 2
+    for path in made.folder.glob("searches/*.json"):
+        search = json.loads(path.read_text())
+        best = max(search["trials"], key=lambda trial: trial["score"])
+        assert search["chosen"] == best["changes"]
+    assert {json.loads(line)["scored"] for line in (made.folder / "tests.jsonl").read_text().splitlines()} == {
+        path.name for path in made.folder.glob("tests/*") if path.is_dir()
+    }
+    assert scores(made).keys() == {(name, kind) for name, _ in scores(made) for kind in ("full", "random")}
+
+
+def test_what_is_there_is_not_done_again(
+    made: Study, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    before = files(made)
+    monkeypatch.setattr(run, "train", refuse)
+    monkeypatch.setattr(run, "score_network", refuse)
+    make(log, made.root)
+    assert "0 of 4 trainings left" in capsys.readouterr().out
+    changed = {path for path, when in files(made).items() if before.get(path) != when}
+    assert all("/searches/" in path for path in changed)  # written anew from the same trials
+
+
+def test_a_process_killed_in_a_training_goes_on_to_the_same_result(made: Study, log: Path, tmp_path: Path) -> None:
+    """SIGKILL after the first epoch of the second trial; the process waits there, so that the kill cannot be late."""
+    script = (
+        "import sys, model.train as t, experiments.run as r\n"
+        "keep, kept = t._keep, []\n"
+        "def waiting(*a):\n"
+        "    kept.append(keep(*a))\n"
+        "    print('kept', len(kept), flush=True)\n"
+        "    if len(kept) == 3: sys.stdin.read()\n"
+        "    return kept[-1]\n"
+        "t._keep = waiting\n"
+        "r.main(sys.argv[1:])\n"
+    )
+    arguments = ["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path), "--rows", ROWS[0]]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert any(line == "kept 3\n" for line in process.stdout)
+        process.kill()
+    assert process.returncode == -9
+    study = Study(tmp_path, log.name)
+    assert len(list(study.folder.glob(f"runs/*/{RESULT}"))) == 1
+    (part,) = study.folder.glob("runs/.*.part")
+    assert not (part / RESULT).exists()
+    lines = (part / "epochs.jsonl").read_text()
+    make(log, tmp_path, rows=ROWS[:1])
+    assert not list(study.folder.glob("runs/.*.part"))
+    finished = study.folder / "runs" / part.name.removeprefix(".").removesuffix(".part")
+    assert (finished / "epochs.jsonl").read_text().startswith(lines)  # the first epoch was not trained again
+    done = weights(study)
+    assert len(done) == 2
+    assert done == {name: weights(made)[name] for name in done}
+    assert scores(study).items() <= scores(made).items()
+
+
+def test_the_same_recipe_gives_the_same_result(made: Study, log: Path, tmp_path: Path) -> None:
+    again = make(log, tmp_path, rows=ROWS[1:])
+    assert len(weights(again)) == 2
+    assert weights(again).items() <= weights(made).items()
+    assert scores(again).items() <= scores(made).items()
+
+
+def test_a_search_is_the_same_whatever_happens_in_the_test(made: Study, log: Path, tmp_path: Path) -> None:
+    other = tmp_path / log.name
+    shutil.copytree(log, other)
+    events = pq.read_table(other / "events.parquet")
+    time = events["time"].to_numpy()
+    late = time > np.quantile(time, 0.9)  # within the last 15 %
+    for rung in ("click", "cart", "buy"):
+        given = np.where(late, 1, events[rung].to_numpy())
+        events = events.set_column(events.column_names.index(rung), rung, pa.array(given))
+    pq.write_table(events, other / "events.parquet")
+    changed = make(other, tmp_path / "out")
+    assert changed.about()["sets"]["full"]["digest"] != made.about()["sets"]["full"]["digest"]
+    assert weights(changed) == weights(made)
+    assert [path.read_text() for path in sorted(changed.folder.glob("searches/*"))] == [
+        path.read_text() for path in sorted(made.folder.glob("searches/*"))
+    ]
+
+
+def test_no_training_and_no_teacher_gets_a_test_event(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Log] = []
+    real = run.train
+
+    def watched(seen: Log, *rest: Any, **named: Any) -> Any:
+        given.append(seen)
+        assert named["teacher"] is None or len(named["teacher"].soft) == len(seen)
+        return real(seen, *rest, **named)
+
+    monkeypatch.setattr(run, "train", watched)
+    study = make(log, tmp_path, rows=ROWS[:1])
+    assert len(given) == 2
+    assert (study.log.split == TEST).any()
+    assert not any((seen.split == TEST).any() for seen in given)
+
+
+def test_the_time_left_is_known_after_the_first_training(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(log, tmp_path, rows=ROWS[:1])
+    said = capsys.readouterr().out
+    assert "2 of 2 trainings left, time unknown before the first" in said
+    assert "1 of 2 trainings left, about " in said
+    assert "0 of 2 trainings left" in said
+
+
+def test_a_row_whose_trials_all_diverge_is_not_tested(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
+        raise DivergedError("the loss became nan: lower the learning rate")
+
+    monkeypatch.setattr(run, "train", diverge)
+    study = make(log, tmp_path, rows=ROWS[:1])
+    assert "full: every trial diverged" in capsys.readouterr().out
+    assert not (study.folder / "tests").exists()
+    assert report.main(["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
+    assert "| **full** | n/a |" in (tmp_path / "report" / "TABLES.md").read_text()
+
+
+def test_a_table_of_costs_is_made_and_reported(log: Path, tmp_path: Path) -> None:
+    make(log, tmp_path, "cost", ("RankTower", "COLD"))
+    assert report.main(["cost", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
+    costs = [json.loads(path.read_text()) for path in (Study(tmp_path, log.name).folder / "costs").glob("*/*")]
+    by_kind = {cost["head"]["kind"]: cost for cost in costs}
+    assert by_kind["cross_attention"]["macs"] == 5 * 4 * 4 * 32
+    assert by_kind["onnx"]["macs"] > 500_000
+    assert all(cost["ms"] > 0 and cost["parameters"] > cost["parameters_of_tables"] > 0 for cost in costs)
+    assert (tmp_path / "report" / "plots" / "cost-tiny-frontier.svg").is_file()
+
+
+def test_baselines_are_rows(log: Path, tmp_path: Path) -> None:
+    study = make(log, tmp_path, "models", ("popularity", "random"))
+    lists = study.test_set("full").lists
+    assert np.ptp(load_scores(study.baseline("random"), "full")[lists.mask]) == 0
+    assert np.ptp(load_scores(study.baseline("popularity"), "full")[lists.mask]) > 0
+
+
+def test_an_unknown_row_is_refused_with_those_there_are(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["sampling", "--data", str(log), "--rows", "half"]) == 2
+    assert "no row half: rows are full, without random" in capsys.readouterr().out
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail() -> None:
+        with filled(tmp_path / "a") as part:
+            assert part is not None
+            (part / "half").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not (tmp_path / "a").exists()
+    with filled(tmp_path / "a") as part:
+        assert part is not None
+        assert not list(part.iterdir())
+    with filled(tmp_path / "a") as part:
+        assert part is None

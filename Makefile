@@ -6,6 +6,8 @@ STORE  ?= file://./var/releases
 PORT   ?= 8080
 EXTRA  ?=
 SIZE   ?= full
+BUDGET ?= full
+FROM   ?=
 
 KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids)
 
@@ -15,10 +17,10 @@ PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-kernel bench-peers bench-plots test check verify sanitize openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost tables test check verify sanitize openapi clean
 
 help: ## print these verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  DATA=movielens | a folder of KuaiRand or of your own log (docs/data.md); STORE=$(STORE); PORT=$(PORT)'
 
 $(BIN)/python:
@@ -94,6 +96,34 @@ bench-peers: $(PEERS)/feast/.setup ## Feast for bench-service, in an environment
 
 bench-plots: $(VENV)/.setup-dev ## write the tables and plots of docs/performance.md from what was measured
 	$(BIN)/python -m benchmarks.plots --size $(SIZE) $(EXTRA)
+
+# A table takes all data sets of its recipe unless DATA says which; their files lie in folders of FROM.
+TABLE_DATA := $(if $(filter file,$(origin DATA)),,--data $(DATA))
+define table
+$(BIN)/python -m experiments.run $(1) --budget $(BUDGET) $(TABLE_DATA) $(if $(FROM),--from $(FROM)) $(EXTRA)
+$(BIN)/python -m experiments.report --budget $(BUDGET) $(TABLE_DATA)
+endef
+
+table-models: $(VENV)/.setup ## the paper's table of networks; DATA=, FROM=, BUDGET=tiny to try it
+	$(call table,models)
+
+table-sampling: $(VENV)/.setup ## full-stage lists and their parts
+	$(call table,sampling)
+
+table-losses: $(VENV)/.setup ## ranking losses
+	$(call table,losses)
+
+table-distillation: $(VENV)/.setup ## ways to learn from the teacher
+	$(call table,distillation)
+
+table-network: $(VENV)/.setup ## RankTower without one part after the other
+	$(call table,network)
+
+table-cost: $(VENV)/.setup ## parameters, bytes, arithmetic and time beside quality
+	$(call table,cost)
+
+tables: $(VENV)/.setup ## write TABLES.md and its plots from what was run so far
+	$(BIN)/python -m experiments.report --budget $(BUDGET) $(TABLE_DATA) $(EXTRA)
 
 test: $(VENV)/.setup-dev ## every test
 	$(BIN)/python -m pytest -n auto --dist worksteal $(EXTRA)

@@ -18,7 +18,7 @@ from benchmarks.svg import chart
 from experiments import tables
 from experiments.dots import dots
 from experiments.run import OUT, data_name, data_sets
-from experiments.study import RESULT, Study, TestSet, load_scores
+from experiments.study import RESULT, FrozenLists, Study, load_scores
 from experiments.tables import Budget, Row, Table, recipe_of
 from model.datasets.log import IMPRESSION, PADDING
 from model.errors import RankTowerError
@@ -200,7 +200,7 @@ def mean_of(values: np.ndarray, weight: np.ndarray | None) -> float:
     return float(np.average(values[known], weights=None if weight is None else weight[known]))
 
 
-def exposed(test: TestSet) -> tuple[TestSet, Callable[[np.ndarray], np.ndarray]]:
+def exposed(test: FrozenLists) -> tuple[FrozenLists, Callable[[np.ndarray], np.ndarray]]:
     """The impressions of each user as one list, of users who took some and left some; and how scores follow."""
     row, column = np.nonzero(test.lists.stage == IMPRESSION)
     order = np.argsort(test.user[row], kind="stable")
@@ -219,7 +219,7 @@ def exposed(test: TestSet) -> tuple[TestSet, Callable[[np.ndarray], np.ndarray]]
     item, grade = spread(test.lists.item), spread(test.lists.grade)
     stage = spread(test.lists.stage, PADDING)
     lists = Lists(item=item, grade=grade, stage=stage, soft=np.zeros(item.shape, np.float32))
-    return TestSet(lists=lists, user=users[both]), spread
+    return FrozenLists(lists=lists, user=users[both]), spread
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def record(trials: Sequence[Trial], best: Trial) -> dict[str, Any]:
 def mean_seconds(study: Study) -> dict[str, float]:
     """Seconds of a training, by network, and of any as "": the mean of the finished ones."""
     found: dict[str, list[float]] = {}
-    for path in study.folder.glob(f"runs/*/{RESULT}"):
+    for path in study.folder.glob(f"runs/[!.]*/{RESULT}"):
         result = json.loads(path.read_text())
         for network in (result["recipe"]["network"], ""):
             found.setdefault(network, []).append(result["seconds"])

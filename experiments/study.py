@@ -55,12 +55,14 @@ NO_PART = (
     "errors.py",
     "datasets/__init__.py",
 )
-NO_PART_ADAPTERS = ("alimama", "cascade", "csv_files", "form", "kuairand", "movielens", "own", "retailrocket", "taobao")
-NO_PART_ADAPTERS += ("userbehavior", "world")
+NO_PART_ADAPTERS = (
+    *("alimama", "cascade", "csv_files", "form", "kuairand", "movielens", "own", "retailrocket", "taobao"),
+    *("userbehavior", "world"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TestSet:
+class FrozenLists:
     """Frozen test lists with their users: all that a metric needs beside scores."""
 
     lists: Lists
@@ -139,12 +141,12 @@ class Study:
         found: dict[str, Any] = json.loads((self.folder / "lists" / RESULT).read_text())
         return found
 
-    def test_set(self, name: str) -> TestSet:
+    def test_set(self, name: str) -> FrozenLists:
         """The frozen lists of a set."""
         with np.load(self.folder / "lists" / f"{name}.npz", allow_pickle=False) as kept:
             item = kept["item"]
             lists = Lists(item=item, grade=kept["grade"], stage=kept["stage"], soft=np.zeros(item.shape, np.float32))
-            return TestSet(lists=lists, user=kept["user"])
+            return FrozenLists(lists=lists, user=kept["user"])
 
     @cached_property
     def requests(self) -> SplitRequests:

@@ -45,24 +45,24 @@ def files(study: Study) -> dict[str, int]:
 
 def weights(study: Study) -> dict[str, bytes]:
     """Of every finished training."""
-    return {path.parent.name: path.read_bytes() for path in study.folder.glob("runs/*/weights.safetensors")}
+    return {path.parent.name: path.read_bytes() for path in study.folder.glob("runs/[!.]*/weights.safetensors")}
 
 
 def scores(study: Study) -> dict[tuple[str, str], bytes]:
-    found = [(folder, name) for folder in study.folder.glob("tests/*") for name in study.sets()]
+    found = [(folder, name) for folder in study.folder.glob("tests/[!.]*") for name in study.sets()]
     return {(folder.name, name): load_scores(folder, name).tobytes() for folder, name in found}
 
 
 def test_a_row_leaves_its_trials_its_choice_and_one_test(made: Study) -> None:
-    runs = [json.loads(path.read_text()) for path in made.folder.glob(f"runs/*/{RESULT}")]
+    runs = [json.loads(path.read_text()) for path in made.folder.glob(f"runs/[!.]*/{RESULT}")]
     assert len(runs) == 4  # two rows, two trials; the chosen one is also the only seed
-    assert len(list(made.folder.glob(f"tests/*/{RESULT}"))) == 2
+    assert len(list(made.folder.glob(f"tests/[!.]*/{RESULT}"))) == 2
     for path in made.folder.glob("searches/*.json"):
         search = json.loads(path.read_text())
         best = max(search["trials"], key=lambda trial: trial["score"])
         assert search["chosen"] == best["changes"]
     assert {json.loads(line)["scored"] for line in (made.folder / "tests.jsonl").read_text().splitlines()} == {
-        path.name for path in made.folder.glob("tests/*") if path.is_dir()
+        path.name for path in made.folder.glob("tests/[!.]*")
     }
     assert scores(made).keys() == {(name, kind) for name, _ in scores(made) for kind in ("full", "random")}
 
@@ -108,7 +108,7 @@ def test_a_process_killed_in_a_training_goes_on_to_the_same_result(made: Study, 
         process.kill()
     assert process.returncode == -9
     study = Study(tmp_path, log.name)
-    assert len(list(study.folder.glob(f"runs/*/{RESULT}"))) == 1
+    assert len(list(study.folder.glob(f"runs/[!.]*/{RESULT}"))) == 1
     (part,) = study.folder.glob("runs/.*.part")
     assert not (part / RESULT).exists()
     lines = (part / "epochs.jsonl").read_text()
@@ -192,7 +192,7 @@ def test_a_row_whose_trials_all_diverge_is_not_tested(
 def test_a_table_of_costs_is_made_and_reported(log: Path, tmp_path: Path) -> None:
     make(log, tmp_path, "cost", ("RankTower", "COLD"))
     assert report.main(["cost", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
-    costs = [json.loads(path.read_text()) for path in (Study(tmp_path, log.name).folder / "costs").glob("*/*")]
+    costs = [json.loads(path.read_text()) for path in (Study(tmp_path, log.name).folder / "costs").glob("[!.]*/*")]
     by_kind = {cost["head"]["kind"]: cost for cost in costs}
     assert by_kind["cross_attention"]["macs"] == 5 * 4 * 4 * 32
     assert by_kind["onnx"]["macs"] > 500_000

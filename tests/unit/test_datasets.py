@@ -29,6 +29,7 @@ from model.datasets.log import (
     latest_histories,
     read_log,
     requests,
+    without,
 )
 from model.errors import DataError
 from model.features import fit_spec
@@ -460,3 +461,16 @@ def test_kuairand_needs_a_source_that_holds_it(tmp_path: Path) -> None:
         DataError, match=r"holds neither log_standard_4_22_to_5_08_pure.csv .* nor log_standard_0425_0504"
     ):
         kuairand.convert(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_a_log_without_its_test_is_as_if_that_had_never_happened(tmp_path: Path, stages: bool) -> None:
+    log = read_log(write_tiny_log(tmp_path, users=20, items=30, stages=stages, teacher=stages, requests=stages))
+    seen, kept = without(log, TEST), log.split != TEST
+    assert 0 < len(seen) == int(kept.sum()) < len(log)
+    assert seen.has_stages is stages
+    for name in ("user", "item", "time", "stage", "feedback", "grade", "split", "request"):
+        np.testing.assert_array_equal(getattr(seen, name), getattr(log, name)[kept])
+    assert {name: len(column) for name, column in seen.context.items()} == dict.fromkeys(log.context, len(seen))
+    before = requests(log).split != TEST
+    np.testing.assert_array_equal(histories(seen, 5), histories(log, 5)[before])

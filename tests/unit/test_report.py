@@ -11,7 +11,7 @@ import pytest
 from experiments import report, tables
 from experiments.dots import dots
 from experiments.report import exposed, write_report
-from experiments.study import RESULT, Study, TestSet, save_scores
+from experiments.study import RESULT, FrozenLists, Study, save_scores
 from experiments.tables import Budget, Row, Table, recipe_of
 from model.checkpoint import write_json
 from model.datasets.log import IMPRESSION, PADDING, RANDOM
@@ -113,7 +113,7 @@ def test_exposed_lists_are_the_impressions_of_users_who_took_some_and_left_some(
     item = np.array([[1, 2, 3], [4, 0, 0], [5, 6, 0]], np.int32)
     grade = np.array([[0, 0, 0], [2, 0, 0], [1, 1, 0]], np.int8)
     lists = Lists(item=item, grade=grade, stage=stage.astype(np.int8), soft=np.zeros((3, 3), np.float32))
-    made, spread = exposed(TestSet(lists=lists, user=np.array([7, 7, 3])))
+    made, spread = exposed(FrozenLists(lists=lists, user=np.array([7, 7, 3])))
     assert made.user.tolist() == [7]  # user 3 took all
     assert made.lists.item.tolist() == [[1, 3, 4]]
     assert made.lists.grade.tolist() == [[0, 0, 2]]

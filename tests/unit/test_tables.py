@@ -24,7 +24,7 @@ ROW = Row(
 
 
 @pytest.mark.parametrize("name", tables.names())
-@pytest.mark.parametrize("budget", ["full", "tiny"])
+@pytest.mark.parametrize("budget", ["full", "look", "tiny"])
 def test_every_row_of_every_table_names_what_there_is(name: str, budget: str) -> None:
     table, spend = tables.read_table(name), tables.read_budget(budget)
     for row in table.rows:

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import OURS
-from model.datasets.log import TEST, Log, read_log
+from model.datasets.log import TEST, Log, read_log, without
 from model.errors import TrainError
 from model.evaluate import held_out
 from model.losses import Listwise
 from model.requests import encode_items, encode_users, fit_log_spec
 from model.scoring import score_network
+from model.teacher import fit_teacher
 from model.train import Recipe, _set_up, load_checkpoint, train
 from tests.logs import write_tiny_log
 
@@ -302,3 +303,14 @@ def test_a_recipe_that_does_not_fit_is_refused(log: Log, tmp_path: Path, change:
 def test_cuda_without_a_gpu_is_refused(log: Log, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="torch sees no GPU"):
         train(log, tmp_path / "run", replace(TINY, device="cuda"))
+
+
+def test_a_log_without_test_events_trains_with_a_shared_teacher_and_reports_no_test(log: Log, tmp_path: Path) -> None:
+    seen = without(log, TEST)
+    teacher = fit_teacher(seen, fit_log_spec(seen))
+    recipe = replace(TINY, loss="hybrid", teacher=True)
+    metrics = train(seen, tmp_path / "shared", recipe, teacher=teacher, test=False)
+    assert "model" not in metrics
+    assert not (tmp_path / "shared" / "heldout.json").exists()
+    train(seen, tmp_path / "own", recipe, test=False)  # its own has the same seed
+    assert_same(weights(tmp_path / "shared"), weights(tmp_path / "own"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from experiments import report, run
 from experiments.study import RESULT, Study, filled, load_scores
@@ -102,6 +104,7 @@ def test_a_process_killed_in_a_training_goes_on_to_the_same_result(made: Study, 
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums come out alike only with as many
     ) as process:
         assert process.stdout is not None
         assert any(line == "kept 3\n" for line in process.stdout)

@@ -51,7 +51,7 @@ class Asked:
     parts: list[bytes] = field(default_factory=list)
     queued: bool = False
     whole: bool = False
-    clock: StageClock = field(default_factory=StageClock)
+    clock: StageClock = field(init=False)  # from when it is here whole
 
     @property
     def body(self) -> bytes:
@@ -113,7 +113,12 @@ class AtOnce:
         if answer is None:
             protocol.go_round()
             return
-        protocol.reply(answer, asked.clock)
+        try:
+            protocol.reply(answer, asked.clock)
+        except Exception:
+            log.exception("an answer could not be written: its connection is closed")
+            protocol.transport.close()
+            return
         self._service.count(answer, asked.clock)  # after the answer has left
         self._service.telemetry.observe_answer(asked.path, 200, (perf_counter_ns() - asked.arrived_ns) / 1e9)
 

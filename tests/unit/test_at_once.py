@@ -15,6 +15,7 @@ import pytest
 
 from cache.file_store import FileStore
 from service.admission import Admission
+from service.at_once import RankProtocol
 from tests.services import TIMEOUT_S, Running, running, running_release
 from tests.tiny_releases import TinyRelease, tiny_release
 
@@ -147,6 +148,17 @@ def test_a_defect_of_the_short_way_is_logged(
     assert ask(service, head(PLAIN) + BODY)[0] == 200
     assert round_ == ["/v1/rank"]
     assert "failed on the short way" in caplog.text
+
+
+def test_a_caller_whose_answer_cannot_be_written_is_not_left_waiting(
+    service: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as broken, connect(service) as connection:
+        broken.setattr(RankProtocol, "reply", lambda *given: 1 / 0)
+        connection.sendall(head(PLAIN) + BODY)
+        assert connection.recv(1) == b""
+    assert "could not be written" in caplog.text
+    assert ask(service, head(PLAIN) + BODY)[0] == 200
 
 
 def test_a_chunked_body_is_read(service: Running, round_: list[str]) -> None:

@@ -19,7 +19,7 @@ from experiments import tables
 from experiments.dots import dots
 from experiments.run import OUT, data_name, data_sets
 from experiments.study import RESULT, FrozenLists, Study, load_scores
-from experiments.tables import Budget, Row, Table, recipe_of
+from experiments.tables import Budget, Row, Table, Trial, chosen, recipe_of
 from model.datasets.log import IMPRESSION, PADDING
 from model.errors import RankTowerError
 from model.evaluate import list_metrics
@@ -71,7 +71,7 @@ class Line:
     row: Row
     measured: dict[str, Measured] = field(default_factory=dict)  # by list set
     chosen: Mapping[str, Any] = field(default_factory=dict)
-    trials: int = 0
+    trials: Sequence[Trial] = ()
     seconds: float = float("nan")  # of training, mean over seeds
     costs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -142,19 +142,19 @@ def read_line(study: Study, table: Table, budget: Budget, row: Row) -> Line:
     """What was measured of a row so far."""
     if row.baseline is not None:
         return Line(row=row, measured=read_sets(study, [study.baseline(row.baseline)]))
-    path = study.search(tables.search_name(row, budget, study.data))
-    if not path.is_file():
-        return Line(row=row)
-    search = json.loads(path.read_text())
-    recipes = [recipe_of(row, budget, study.data, search["chosen"], seed) for seed in range(budget.seeds)]
+    trials, wanted = study.search(row, budget)
+    if wanted:
+        return Line(row=row, trials=trials)
+    changes = chosen(trials).changes
+    recipes = [recipe_of(row, budget, study.data, changes, seed) for seed in range(budget.seeds)]
     tests = [study.test(recipe) for recipe in recipes if (study.test(recipe) / RESULT).is_file()]
     cost = study.cost(recipes[0]) / RESULT
     took = [json.loads((test / RESULT).read_text())["train_seconds"] for test in tests]
     return Line(
         row=row,
         measured=read_sets(study, tests),
-        chosen=search["chosen"],
-        trials=len(search["trials"]),
+        chosen=changes,
+        trials=trials,
         seconds=float(np.mean(took)) if took else float("nan"),
         costs=json.loads(cost.read_text()) if table.cost and cost.is_file() else {},
     )

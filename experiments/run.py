@@ -1,18 +1,24 @@
 """Make one of the paper's tables: search on validation, train the chosen recipe with several seeds, test each once.
 
 What was done before is skipped, by its path (experiments/study.py); a process that was killed goes on from its last
-epoch. Searches and trainings get a log without test events.
+epoch. Searches and trainings get a log without test events. With --jobs several processes, of one command or of many,
+share the work: each does what no other does, one training after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +28,8 @@ from rich.console import Console
 
 from experiments import tables
 from experiments.cost import measure_cost
-from experiments.study import RESULT, Study, filled, save_scores
-from experiments.tables import Budget, Changes, Row, Table, Trial, recipe_name, recipe_of
+from experiments.study import RESULT, BusyError, Study, filled, save_scores
+from experiments.tables import DIVERGED, Budget, Changes, Row, Table, Trial, chosen, recipe_name, recipe_of
 from model.checkpoint import load_checkpoint, write_json
 from model.cli import convert, progress_bars
 from model.datasets import DATASETS
@@ -34,31 +40,46 @@ from model.scoring import score_network
 from model.train import Recipe, train
 
 OUT = Path("var/tables")
-DIVERGED = -1.0  # the score of a training whose loss is no number
+PAUSE_S = 0.5  # between looks at what other processes do
 console = Console(highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=tables.names())
-    parser.add_argument("--data", nargs="+", help="data sets of the recipe, or folders; by default all of the recipe")
-    parser.add_argument("--from", dest="source", type=Path, help="folder with a folder for each data set's files")
-    parser.add_argument("--budget", default="full")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rows", nargs="+", help="names of rows; by default all")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser().parse_args(arguments)
     try:
         budget = tables.read_budget(options.budget)
         table = only(tables.read_table(options.table), options.rows)
-        for data in data_sets(table, budget, options.data):
-            study = open_study(options.out, data, options.source, budget)
-            if study is not None:
-                Runner(study, table, budget, options.device).run()
+        asked = data_sets(table, budget, options.data)
+        studies = [open_study(options, data, budget) for data in asked]
+        runners = [Runner(study, table, budget, options) for study in studies if study is not None]
+        for runner in runners:
+            runner.begin()
+        if options.worker:
+            end_with_parent()
+        elif options.jobs > 1 and any(runner.tasks() for runner in runners):
+            share(arguments, options.jobs)
+        work(runners)  # after workers: what they left, if they failed
+        for runner in runners:
+            runner.end()
     except RankTowerError as error:
         console.print(f"error: {error}", soft_wrap=True)
         return 2
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("table", choices=tables.names())
+    made.add_argument("--data", nargs="+", help="data sets of the recipe, or folders; by default all of the recipe")
+    made.add_argument("--from", dest="source", type=Path, help="folder with a folder for each data set's files")
+    made.add_argument("--budget", default="full")
+    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--rows", nargs="+", help="names of rows; by default all")
+    made.add_argument("--out", type=Path, default=OUT)
+    made.add_argument("--jobs", type=int, default=1, help="processes that share the work, and the cores")
+    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of these processes
+    return made
 
 
 def only(table: Table, wanted: Sequence[str] | None) -> Table:
@@ -80,150 +101,202 @@ def data_name(data: str) -> str:
     return data if data in DATASETS else Path(data).resolve().name
 
 
-def open_study(root: Path, data: str, source: Path | None, budget: Budget) -> Study | None:
+def open_study(options: argparse.Namespace, data: str, budget: Budget) -> Study | None:
     """Bring the log into the documented form unless it is; None, with a line that says so, where there is no data."""
-    place, found = root / "logs" / data_name(data), None
+    root: Path = options.out
+    found: Path | None = None
     if data in DATASETS:
-        found = source / data if source is not None and (source / data).is_dir() else None
+        found = options.source / data if options.source is not None and (options.source / data).is_dir() else None
         if data == "cascade" and budget.made:
-            found = root / "cascade.toml"
-            root.mkdir(parents=True, exist_ok=True)
-            found.write_text("".join(f"{key} = {value}\n" for key, value in budget.made.items()))
+            found = made_settings(root, budget.made)
     try:
-        convert(data, found, place)
+        convert(data, found, root / "logs" / data_name(data))
     except DataError as error:
         if data not in DATASETS or found is not None:
             raise
-        console.print(f"{data}: not here ({error})", soft_wrap=True)
+        if not options.worker:
+            console.print(f"{data}: not here ({error})", soft_wrap=True)
         return None
     return Study(root, data_name(data))
+
+
+def made_settings(root: Path, made: Mapping[str, Any]) -> Path:
+    """The file with the settings of a simulated log; one that says the same stays, for workers may read it."""
+    path, text = root / "cascade.toml", "".join(f"{key} = {value}\n" for key, value in made.items())
+    if not path.is_file() or path.read_text() != text:
+        root.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A folder of results that can be filled now."""
+
+    folder: Path
+    fill: Callable[[Path], None]
+    keep: bool = False  # go on with what a killed process left
+    then: Callable[[], None] = lambda: None  # once the folder is there
+
+    def done(self) -> bool:
+        """Fill the folder unless it is there; False where another process is at it."""
+        try:
+            with filled(self.folder, keep=self.keep, wait=False) as part:
+                if part is None:
+                    return True
+                self.fill(part)
+        except BusyError:
+            return False
+        self.then()
+        return True
+
+
+def work(runners: Sequence[Runner]) -> None:
+    """Do what can be done and no other process does, until nothing is left; pause while others do all of it."""
+    while tasks := [task for runner in runners for task in runner.tasks()]:
+        if not any(task.done() for task in tasks):
+            time.sleep(PAUSE_S)
+
+
+def share(arguments: Sequence[str], jobs: int) -> None:
+    """The same command in `jobs` processes that share the cores; returns when all have ended."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    command = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "experiments.run", *arguments, "--worker"]
+    with ExitStack() as running:
+        workers = [running.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE)) for _ in range(jobs)]
+        codes = [worker.wait() for worker in workers]
+    if any(codes):
+        console.print(f"{sum(code != 0 for code in codes)} of {jobs} processes failed")
+
+
+def end_with_parent() -> None:
+    """A worker whose parent dies sees the end of its input, and ends; what it did so far is kept."""
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)  # not through sys.stdin, whose lock would be held when Python ends
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # --- one table on one data set ---------------------------------------------------------------------------------------
 
 
-class MissingError(Exception):
-    """A search needs a training that was not done yet."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe_name(recipe))
-        self.recipe = recipe
-
-
 class Runner:
-    """Does what is missing of a table on a data set, one training after the other."""
+    """What is to be done of a table on a data set."""
 
-    def __init__(self, study: Study, table: Table, budget: Budget, device: str = "cpu") -> None:
-        self.study, self.table, self.budget, self.device = study, table, budget, device
+    def __init__(self, study: Study, table: Table, budget: Budget, options: argparse.Namespace) -> None:
+        self.study, self.table, self.budget = study, table, budget
+        self.device: str = options.device
+        self.jobs: int = options.jobs
+        self.alone = not options.worker
 
-    def run(self) -> None:
+    def begin(self) -> None:
+        """Freeze the test lists, and say what is left."""
         self.study.freeze()
-        self.say(f"{self.table.title}: {self.left()}")
+        if self.alone:
+            self.say(f"{self.table.title}: {self.left()}")
+
+    def end(self) -> None:
+        """Name rows without a result."""
         for row in self.table.rows:
-            if row.baseline is not None:
-                self.test_baseline(row.baseline)
-                continue
-            best = self.search(row)
-            if best is None:
+            if self.alone and row.baseline is None and chosen(self.study.search(row, self.budget)[0]).score == DIVERGED:
                 self.say(f"{row.name}: every trial diverged")
-                continue
-            for seed in range(self.budget.seeds):
-                recipe = recipe_of(row, self.budget, self.study.data, best, seed)
-                self.train(recipe, f"{row.name}, seed {seed}")
-                self.test(recipe)
-                if self.table.cost and seed == 0:
-                    self.cost(recipe)
 
     def say(self, what: str) -> None:
         console.print(f"[bold]{self.study.data}[/] {what}", soft_wrap=True)
 
-    # what is left
-
     def left(self) -> str:
-        """Trainings left of all, and about how long they take."""
-        counts = [self.row_left(row) for row in self.table.rows if row.baseline is None]
-        done, missing = sum(done for done, _ in counts), [name for _, names in counts for name in names]
+        """Trainings left of all, and about how long they take. The trial that is chosen is also the first seed."""
+        done, missing = 0, list[str]()
+        for row in self.table.rows:
+            if row.baseline is not None:
+                continue
+            total = tables.trials_of(row, self.budget) + self.budget.seeds - 1
+            trials, wanted = self.study.search(row, self.budget)
+            known = len(trials)
+            if not wanted:
+                known += sum(self.study.score(self.recipe(row, trials, seed)) is not None for seed in self.seeds[1:])
+            done += known
+            missing += [self.recipe(row, trials).network] * (total - known)
         seconds = mean_seconds(self.study)
-        known = [seconds.get(network, seconds.get("", np.nan)) for network in missing]
-        about = "time unknown before the first" if np.isnan(known).any() else f"about {duration(sum(known))}"
+        each = [seconds.get(network, seconds.get("", np.nan)) for network in missing]
+        about = "time unknown before the first" if np.isnan(each).any() else f"about {duration(sum(each) / self.jobs)}"
         return f"{len(missing)} of {done + len(missing)} trainings left" + (f", {about}" if missing else "")
 
-    def row_left(self, row: Row) -> tuple[int, list[str]]:
-        """Trainings of a row: how many are done, and the network of each that is not.
+    @property
+    def seeds(self) -> range:
+        return range(self.budget.seeds)
 
-        The trial that is chosen is also the first of the seeds.
-        """
-        trials = tables.trials_of(row, self.budget)
-        total = trials + self.budget.seeds - 1
-        done = 0
+    def recipe(self, row: Row, trials: Sequence[Trial], seed: int = 0) -> Recipe:
+        """Of the best trial."""
+        return recipe_of(row, self.budget, self.study.data, chosen(trials).changes if trials else {}, seed)
 
-        def known(changes: Changes) -> float:
-            nonlocal done
-            value = self.known_score(self.recipe(row, changes))
-            done += 1
-            return value
+    # what can be done now
 
-        try:
-            best = tables.chosen(tables.search(row, self.budget, known)).changes
-        except MissingError as missing:
-            return done, [missing.recipe.network] * (total - done)
-        seeds = [recipe_of(row, self.budget, self.study.data, best, seed) for seed in range(1, self.budget.seeds)]
-        done += sum((self.study.run(recipe) / RESULT).is_file() for recipe in seeds)
-        return done, [self.recipe(row, best).network] * (total - done)
+    def tasks(self) -> list[Task]:
+        """All that is left and waits for nothing else, in the order of the rows."""
+        tasks = [task for row in self.table.rows for task in self.row_tasks(row)]
+        return [task for task in tasks if not task.folder.is_dir()]
 
-    # search
+    def row_tasks(self, row: Row) -> list[Task]:
+        """The trials that a search asks for, or the seeds of what it chose, each with its test."""
+        if row.baseline is not None:
+            return [Task(folder=self.study.baseline(row.baseline), fill=partial(self.test_baseline, row.baseline))]
+        trials, wanted = self.study.search(row, self.budget)
+        trial = partial(recipe_of, row, self.budget, self.study.data, seed=0)
+        if wanted:
+            return [self.training(trial(changes), f"{row.name}, {described(changes)}") for changes in wanted]
+        if chosen(trials).score == DIVERGED:
+            return []
+        tasks = []
+        for seed in self.seeds:
+            recipe = self.recipe(row, trials, seed)
+            score = self.study.score(recipe)
+            if score is None:
+                tasks.append(self.training(recipe, f"{row.name}, seed {seed}"))
+            elif score != DIVERGED:
+                tasks.append(Task(folder=self.study.test(recipe), fill=partial(self.test, recipe)))
+                if self.table.cost and seed == 0 and self.alone:  # times are taken when no worker runs
+                    tasks.append(Task(folder=self.study.cost(recipe), fill=partial(self.cost, recipe)))
+        return tasks
 
-    def recipe(self, row: Row, changes: Changes) -> Recipe:
-        """A trial: always seed 0."""
-        return recipe_of(row, self.budget, self.study.data, changes, 0)
-
-    def known_score(self, recipe: Recipe) -> float:
-        """Validation NDCG@10 of a finished training. Raises MissingError where there is none."""
-        path = self.study.run(recipe) / RESULT
-        if not path.is_file():
-            raise MissingError(recipe)
-        score: float = json.loads(path.read_text())["valid_ndcg@10"]
-        return score
-
-    def search(self, row: Row) -> Changes | None:
-        """The best changes on validation, and the record of how they were found; None where all trials diverged."""
-
-        def score(changes: Changes) -> float:
-            self.train(self.recipe(row, changes), f"{row.name}, {described(changes)}")
-            return self.known_score(self.recipe(row, changes))
-
-        trials = tables.search(row, self.budget, score)
-        best = tables.chosen(trials)
-        path = self.study.search(tables.search_name(row, self.budget, self.study.data))
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, {"table": self.table.name, "row": row.name, **record(trials, best)})
-        return None if best.score == DIVERGED else best.changes
+    def training(self, recipe: Recipe, what: str) -> Task:
+        """Of a recipe, or of its teacher if that comes first."""
+        if recipe.teacher and not self.study.teacher_folder.is_dir():
+            return Task(folder=self.study.teacher_folder, fill=self.fit_teacher)
+        return Task(
+            folder=self.study.run(recipe),
+            fill=partial(self.train, recipe, what),
+            keep=True,
+            then=lambda: self.say(f"{what}: validation NDCG@10 {self.study.score(recipe):.4f}; {self.left()}"),
+        )
 
     # train, test
 
-    def train(self, recipe: Recipe, what: str) -> None:
-        """Train unless that was done, going on from the last whole epoch of a process that was killed."""
-        folder = self.study.run(recipe)
-        if (folder / RESULT).is_file():
-            return
-        with filled(folder, keep=True) as part:
-            if part is None:
-                return
-            begun = (part / "state.safetensors").is_file()
-            if not begun:
-                shutil.rmtree(part)  # half of a first epoch
-                part.mkdir()
-            self.say(f"{'going on with' if begun else 'training'} {what}: {folder.name}")
-            started = time.monotonic()
-            result = self.trained(part, recipe, begun)
-            write_json(part / RESULT, {**result, "seconds": round(time.monotonic() - started, 3)})
-            for name in ("state.safetensors", "state.json", "teacher.safetensors"):
-                (part / name).unlink(missing_ok=True)
-        self.say(f"{what}: validation NDCG@10 {result['valid_ndcg@10']:.4f}; {self.left()}")
+    def fit_teacher(self, part: Path) -> None:
+        self.say("fitting the teacher")
+        self.study.fit_teacher(part)
+
+    def train(self, recipe: Recipe, what: str, part: Path) -> None:
+        """Train, going on from the last whole epoch of a process that was killed."""
+        begun = (part / "state.safetensors").is_file()
+        if not begun:
+            shutil.rmtree(part)  # half of a first epoch
+            part.mkdir()
+        self.say(f"{'going on with' if begun else 'training'} {what}: {self.study.run(recipe).name}")
+        started = time.monotonic()
+        result = self.trained(part, recipe, begun)
+        write_json(part / RESULT, {**result, "seconds": round(time.monotonic() - started, 3)})
+        for name in ("state.safetensors", "state.json", "teacher.safetensors"):
+            (part / name).unlink(missing_ok=True)
 
     def trained(self, part: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
         """Train in a folder; what is kept of it."""
-        with progress_bars() as progress:
+        with progress_bars() if self.alone else nullcontext() as progress:
             try:
                 metrics = train(
                     self.study.seen,
@@ -239,52 +312,37 @@ class Runner:
         kept = {key: metrics[key] for key in ("valid_ndcg@10", "best_epoch", "train_seconds", "teacher")}
         return {"recipe": asdict(recipe), "device": self.device, "threads": torch.get_num_threads(), **kept}
 
-    def test(self, recipe: Recipe) -> None:
+    def test(self, recipe: Recipe, part: Path) -> None:
         """Score the frozen test lists with a finished training, once."""
+        self.note(recipe_name(recipe))
         run = self.study.run(recipe)
-        trained = json.loads((run / RESULT).read_text())
-        if "diverged" in trained:
-            return
-        with filled(self.study.test(recipe)) as part:
-            if part is None:
-                return
-            self.note(recipe_name(recipe))
-            network, spec, _ = load_checkpoint(run)
-            users = encode_users(spec, self.study.log, self.study.requests)
-            items = encode_items(spec, self.study.log)
-            sets = {name: self.study.test_set(name).lists for name in self.study.sets()}
-            save_scores(part, {name: score_network(network, users, items, lists) for name, lists in sets.items()})
-            write_json(part / RESULT, trained)
+        network, spec, _ = load_checkpoint(run)
+        users = encode_users(spec, self.study.log, self.study.requests)
+        items = encode_items(spec, self.study.log)
+        sets = {name: self.study.test_set(name).lists for name in self.study.sets()}
+        save_scores(part, {name: score_network(network, users, items, lists) for name, lists in sets.items()})
+        write_json(part / RESULT, json.loads((run / RESULT).read_text()))
 
-    def test_baseline(self, name: str) -> None:
+    def test_baseline(self, name: str, part: Path) -> None:
         """Scores of what needs no training: popularity in training, or a constant."""
-        with filled(self.study.baseline(name)) as part:
-            if part is None:
-                return
-            self.note(name)
-            taken = popularity(self.study.log)
-            values = taken if name == "popularity" else np.zeros(len(taken))
-            sets = {kind: self.study.test_set(kind).lists for kind in self.study.sets()}
-            save_scores(part, {kind: values[lists.item] for kind, lists in sets.items()})
-            write_json(part / RESULT, {"baseline": name})
+        self.note(name)
+        taken = popularity(self.study.log)
+        values = taken if name == "popularity" else np.zeros(len(taken))
+        sets = {kind: self.study.test_set(kind).lists for kind in self.study.sets()}
+        save_scores(part, {kind: values[lists.item] for kind, lists in sets.items()})
+        write_json(part / RESULT, {"baseline": name})
 
     def note(self, name: str) -> None:
         """Put on record that test lists are about to be scored."""
         with (self.study.folder / "tests.jsonl").open("a") as stream:
             stream.write(json.dumps({"time": round(time.time()), "table": self.table.name, "scored": name}) + "\n")
 
-    def cost(self, recipe: Recipe) -> None:
-        with filled(self.study.cost(recipe)) as part:
-            if part is not None:
-                write_json(part / RESULT, measure_cost(self.study.run(recipe), self.study.log))
+    def cost(self, recipe: Recipe, part: Path) -> None:
+        write_json(part / RESULT, measure_cost(self.study.run(recipe), self.study.log))
 
 
 def described(changes: Changes) -> str:
     return ", ".join(f"{key} {value}" for key, value in changes.items())
-
-
-def record(trials: Sequence[Trial], best: Trial) -> dict[str, Any]:
-    return {"chosen": best.changes, "trials": [asdict(trial) for trial in trials]}
 
 
 def mean_seconds(study: Study) -> dict[str, float]:

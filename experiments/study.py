@@ -5,12 +5,12 @@
     lists/<set>.npz, result.json                  the test lists, made before anything is trained, and what they are
     teacher/                                      soft labels, fitted once for all runs
     runs/<recipe>/                                a finished training: weights, epochs, result.json
-    searches/<row>.json                           the trials of a row's search and what they chose
     tests/<recipe>/                               raw scores of the test lists, and result.json
     tests.jsonl                                   a line for each time that test lists were scored
     costs/<recipe>/result.json                    what serving costs
 
-Whatever is there is whole: folders are filled as `.<name>.part` and renamed, files are written beside their place.
+Whatever is there is whole: folders are filled as `.<name>.part`, one process a folder, and renamed. What a search chose
+follows from the trainings.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from experiments.tables import recipe_name
+from experiments import tables
+from experiments.tables import Budget, Changes, Row, Trial, recipe_name, recipe_of
 from model.checkpoint import write_json
 from model.datasets.log import TEST, TRAIN, Log, read_log, without
 from model.datasets.schema import FILE
@@ -86,18 +87,22 @@ class Study:
         """The log without its test events: all that teachers, searches and trainings get to see."""
         return without(self.log, TEST)
 
+    @property
+    def teacher_folder(self) -> Path:
+        return self.folder / "teacher"
+
+    def fit_teacher(self, folder: Path) -> None:
+        """Soft labels of the training impressions, the same for all runs."""
+        fitted = fit_teacher(self.seen, fit_log_spec(self.seen))
+        save_file({"soft": fitted.soft}, folder / "soft.safetensors")
+        write_json(folder / RESULT, fitted.to_json())
+
     @cached_property
     def teacher(self) -> Teacher:
-        """Soft labels of the training impressions, the same for all runs."""
-        place = self.folder / "teacher"
-        if not (place / RESULT).is_file():
-            with filled(place) as part:
-                if part is not None:
-                    fitted = fit_teacher(self.seen, fit_log_spec(self.seen))
-                    save_file({"soft": fitted.soft}, part / "soft.safetensors")
-                    write_json(part / RESULT, fitted.to_json())
-        kept = json.loads((place / RESULT).read_text())
-        return Teacher(soft=load_file(place / "soft.safetensors")["soft"], auc=kept["auc"], logged=kept["logged"])
+        """The one that was fitted."""
+        kept = json.loads((self.teacher_folder / RESULT).read_text())
+        soft = load_file(self.teacher_folder / "soft.safetensors")["soft"]
+        return Teacher(soft=soft, auc=kept["auc"], logged=kept["logged"])
 
     def run(self, recipe: Recipe) -> Path:
         return self.folder / "runs" / recipe_name(recipe)
@@ -111,8 +116,14 @@ class Study:
     def baseline(self, name: str) -> Path:
         return self.folder / "tests" / name
 
-    def search(self, name: str) -> Path:
-        return self.folder / "searches" / f"{name}.json"
+    def search(self, row: Row, budget: Budget) -> tuple[list[Trial], list[Changes]]:
+        """The trials of a row that were trained, and those to train next: none when its search is over."""
+        return tables.search(row, budget, lambda changes: self.score(recipe_of(row, budget, self.data, changes, 0)))
+
+    def score(self, recipe: Recipe) -> float | None:
+        """Validation NDCG@10 of a finished training, DIVERGED of one that diverged; None where there is none."""
+        path = self.run(recipe) / RESULT
+        return float(json.loads(path.read_text())["valid_ndcg@10"]) if path.is_file() else None
 
     def freeze(self) -> None:
         """Write the test lists and what they are, unless that was done; before anything is trained."""
@@ -191,17 +202,24 @@ def code_version(folder: Path = ROOT / "model") -> str:
     return content.hexdigest()[:12]
 
 
+class BusyError(Exception):
+    """Another process fills the folder."""
+
+
 @contextmanager
-def filled(folder: Path, *, keep: bool = False) -> Iterator[Path | None]:
+def filled(folder: Path, *, keep: bool = False, wait: bool = True) -> Iterator[Path | None]:
     """Give `.<name>.part` beside `folder` to fill, and rename it to `folder` at the end; None if that is there already.
 
-    What a killed process left in the part goes, or stays with `keep`. Of several processes one fills, the others wait;
-    on an error the part stays where it is.
+    What a killed process left in the part goes, or stays with `keep`. Of several processes one fills; the others wait,
+    or get BusyError. On an error the part stays where it is.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.part")
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when the process ends, however it ends
+        try:  # the system lets go of the lock when the process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(str(folder)) from error
         if folder.is_dir():
             yield None
             return

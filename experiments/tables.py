@@ -17,6 +17,7 @@ RECIPES = Path(__file__).parent / "recipes"
 BASE = "base"  # what all tables share: budgets, and the search
 BASELINES = ("popularity", "random")
 OPTIONS = ("options", "loss_options", "sampler_options")
+DIVERGED = -1.0  # the score of a training whose loss is no number
 
 Changes = dict[str, Any]  # of a recipe, by name of a field or `options.name`
 
@@ -33,6 +34,7 @@ class Row:
     baseline: str | None = None
     changes: Changes = field(default_factory=dict)
     search: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # in the order of search
+    trials: int = 0  # that it asks for, beyond those of the budget
     paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # data set -> Recall@K, NDCG@K
 
 
@@ -57,6 +59,7 @@ class Budget:
     seeds: int
     recipe: Changes  # for every row on every data set
     data: Mapping[str, Changes]  # and on some data sets
+    own_trials: bool = False  # a row that asks for more trials gets them
     made: Mapping[str, Any] | None = None  # settings of a simulated log that stands for all data
 
 
@@ -65,7 +68,7 @@ class Trial:
     """One training of a search."""
 
     changes: Changes
-    score: float  # NDCG@10 on validation; -1 where the training diverged
+    score: float  # NDCG@10 on validation; DIVERGED where the loss became no number
 
 
 def names() -> tuple[str, ...]:
@@ -104,12 +107,14 @@ def _read(path: Path) -> dict[str, Any]:
 def _row(table: str, entry: dict[str, Any], search: Mapping[str, Sequence[Any]]) -> Row:
     """A row of a file; what is neither its name nor about it is a change of the recipe."""
     name, baseline, paper = entry.pop("name"), entry.pop("baseline", None), entry.pop("paper", {})
-    own = entry.pop("search", {})
+    own, trials = entry.pop("search", {}), entry.pop("trials", 0)
+    if not isinstance(trials, int) or trials < 0:
+        raise RecipeError(f"recipes/{table}.toml, {name}: trials is {trials!r}: write a whole number")
     if baseline is not None:
         if baseline not in BASELINES or entry:
             raise RecipeError(f"recipes/{table}.toml, {name}: a baseline is one of {', '.join(BASELINES)} and no more")
         return Row(name=name, baseline=baseline, paper=paper)
-    row = Row(name=name, changes=entry, search={**search, **own}, paper=paper)
+    row = Row(name=name, changes=entry, search={**search, **own}, trials=trials, paper=paper)
     for key in {**entry, **row.search}:
         if key.partition(".")[0] not in {known.name for known in fields(Recipe)} - {"seed"}:
             raise RecipeError(f"recipes/{table}.toml, {name}: no recipe has {key!r}")
@@ -148,36 +153,34 @@ def recipe_name(recipe: Recipe) -> str:
     return f"{recipe.network}-{recipe.loss}-{recipe.sampler}-seed{recipe.seed}-{identity(content)}"
 
 
-def search_name(row: Row, budget: Budget, data: str) -> str:
-    """What the search of a row is called among files: it names the recipe that it starts from and all it may try."""
-    start = {key: value for key, value in asdict(recipe_of(row, budget, data, {}, 0)).items() if key != "device"}
-    return f"search-{identity([start, list(row.search.items()), budget.trials])}"
-
-
 # --- search ----------------------------------------------------------------------------------------------------------
 
 
 def trials_of(row: Row, budget: Budget) -> int:
     """How many trainings the search of a row takes."""
-    return min(budget.trials, 1 + sum(len(values) - 1 for values in row.search.values()))
+    most = max(budget.trials, row.trials) if budget.own_trials else budget.trials
+    return min(most, 1 + sum(len(values) - 1 for values in row.search.values()))
 
 
-def search(row: Row, budget: Budget, score: Callable[[Changes], float]) -> list[Trial]:
-    """Try the values of one key after the other, each time keeping the best so far; the first of equals wins.
+def search(row: Row, budget: Budget, score: Callable[[Changes], float | None]) -> tuple[list[Trial], list[Changes]]:
+    """The trials so far, and those to do next, which do not depend on one another: none when the search is over.
 
-    A key that waits for its turn stands at its first value.
+    Tries the values of one key after the other, each time keeping the best so far; the first of equals wins. A key that
+    waits for its turn stands at its first value. `score` is None for what was not trained yet.
     """
     best: Changes = {key: values[0] for key, values in row.search.items()}
+    most = trials_of(row, budget)
     trials: list[Trial] = []
     for key, values in row.search.items():
-        for value in values:
-            changes = {**best, key: value}
-            if len(trials) == budget.trials:
-                break
-            if changes not in [trial.changes for trial in trials]:
-                trials.append(Trial(changes=changes, score=score(changes)))
+        known = [trial.changes for trial in trials]
+        new = [changes for value in values if (changes := {**best, key: value}) not in known]
+        scores = [(changes, score(changes)) for changes in new[: most - len(trials)]]
+        trials += [Trial(changes=changes, score=value) for changes, value in scores if value is not None]
+        wanted = [changes for changes, value in scores if value is None]
+        if wanted:
+            return trials, wanted
         best = chosen(trials).changes
-    return trials
+    return trials, []
 
 
 def chosen(trials: Sequence[Trial]) -> Trial:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from experiments import report, run
-from experiments.study import RESULT, Study, filled, load_scores
+from experiments import report, run, tables
+from experiments.study import RESULT, BusyError, Study, filled, load_scores
+from experiments.tables import recipe_of
 from model.datasets.log import TEST, Log
 from model.errors import DivergedError
 from tests.logs import write_tiny_log
@@ -30,8 +33,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_log(tmp_path_factory.mktemp("data") / "tiny", users=40, items=60)
 
 
-def make(log: Path, out: Path, table: str = "sampling", rows: tuple[str, ...] = ROWS) -> Study:
-    assert run.main([table, "--data", str(log), "--budget", "tiny", "--out", str(out), "--rows", *rows]) == 0
+def make(log: Path, out: Path, table: str = "sampling", rows: tuple[str, ...] = ROWS, jobs: int = 1) -> Study:
+    asked = [table, "--data", str(log), "--budget", "tiny", "--out", str(out), "--jobs", str(jobs), "--rows", *rows]
+    assert run.main(asked) == 0
     return Study(out, log.name)
 
 
@@ -59,10 +63,13 @@ def test_a_row_leaves_its_trials_its_choice_and_one_test(made: Study) -> None:
     runs = [json.loads(path.read_text()) for path in made.folder.glob(f"runs/[!.]*/{RESULT}")]
     assert len(runs) == 4  # two rows, two trials; the chosen one is also the only seed
     assert len(list(made.folder.glob(f"tests/[!.]*/{RESULT}"))) == 2
-    for path in made.folder.glob("searches/*.json"):
-        search = json.loads(path.read_text())
-        best = max(search["trials"], key=lambda trial: trial["score"])
-        assert search["chosen"] == best["changes"]
+    budget = tables.read_budget("tiny")
+    for row in run.only(tables.read_table("sampling"), ROWS).rows:
+        trials, wanted = made.search(row, budget)
+        assert len(trials) == 2
+        assert not wanted
+        best = max(trials, key=lambda trial: trial.score)
+        assert (made.test(recipe_of(row, budget, made.data, best.changes, 0)) / RESULT).is_file()
     assert {json.loads(line)["scored"] for line in (made.folder / "tests.jsonl").read_text().splitlines()} == {
         path.name for path in made.folder.glob("tests/[!.]*")
     }
@@ -80,8 +87,7 @@ def test_what_is_there_is_not_done_again(
     monkeypatch.setattr(run, "score_network", refuse)
     make(log, made.root)
     assert "0 of 4 trainings left" in capsys.readouterr().out
-    changed = {path for path, when in files(made).items() if before.get(path) != when}
-    assert all("/searches/" in path for path in changed)  # written anew from the same trials
+    assert files(made) == before
 
 
 def test_a_process_killed_in_a_training_goes_on_to_the_same_result(made: Study, log: Path, tmp_path: Path) -> None:
@@ -132,6 +138,68 @@ def test_the_same_recipe_gives_the_same_result(made: Study, log: Path, tmp_path:
     assert scores(again).items() <= scores(made).items()
 
 
+def test_processes_that_share_the_work_make_what_one_makes(
+    made: Study, log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shared = make(log, tmp_path, jobs=2)
+    said = capfd.readouterr().out
+    assert scores(shared).keys() == scores(made).keys()
+    assert len(weights(shared)) == 4
+    assert len(re.findall(r"\btraining (full|without both),", said)) == 4  # none twice
+    assert "failed" not in said
+    assert said.count("fitting the teacher") == 1
+    assert not list(shared.folder.rglob("*.part"))
+    if torch.get_num_threads() == 1:  # sums come out alike only with as many
+        assert weights(shared) == weights(made)
+
+
+def test_what_another_process_does_is_passed_over_and_the_rest_is_done(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process trains the first trial until all else is done."""
+    begun, held = [], []
+    real = run.train
+
+    def watched(*given: Any, **named: Any) -> Any:
+        begun.append(given[1].name)
+        return real(*given, **named)
+
+    def ends(_: float) -> None:
+        assert len(begun) == 3  # the other row with its two trials, and the other trial of the first
+        held.pop().close()
+
+    monkeypatch.setattr(run, "train", watched)
+    monkeypatch.setattr(run.time, "sleep", ends)
+    study = make(log, tmp_path, rows=ROWS[1:])
+    begun.clear()
+    row, budget = tables.read_table("sampling").rows[0], tables.read_budget("tiny")
+    folder = study.run(recipe_of(row, budget, study.data, study.search(row, budget)[1][0], 0))
+    held.append(folder.with_name(f".{folder.name}.lock").open("w"))
+    fcntl.flock(held[0], fcntl.LOCK_EX)
+    make(log, tmp_path, rows=(*ROWS, "without random"))
+    assert len(begun) == 4
+    assert begun[-1] == f".{folder.name}.part"
+    assert not study.search(row, budget)[1]
+
+
+def test_workers_end_with_the_process_that_started_them(log: Path, tmp_path: Path) -> None:
+    """SIGKILL for the parent: the worker's training goes no further, and its locks are free."""
+    script = (
+        "import sys, experiments.run as r\n"
+        "r.end_with_parent()\n"
+        "print('up', flush=True)\n"
+        "import threading; threading.Event().wait()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout.readline() == "up\n"
+        worker.stdin.close()  # what the system does to a killed parent's pipe
+        assert worker.wait(timeout=30) == 1
+
+
 def test_a_search_is_the_same_whatever_happens_in_the_test(made: Study, log: Path, tmp_path: Path) -> None:
     other = tmp_path / log.name
     shutil.copytree(log, other)
@@ -145,9 +213,8 @@ def test_a_search_is_the_same_whatever_happens_in_the_test(made: Study, log: Pat
     changed = make(other, tmp_path / "out")
     assert changed.about()["sets"]["full"]["digest"] != made.about()["sets"]["full"]["digest"]
     assert weights(changed) == weights(made)
-    assert [path.read_text() for path in sorted(changed.folder.glob("searches/*"))] == [
-        path.read_text() for path in sorted(made.folder.glob("searches/*"))
-    ]
+    row, budget = run.only(tables.read_table("sampling"), ROWS).rows[0], tables.read_budget("tiny")
+    assert changed.search(row, budget) == made.search(row, budget)
 
 
 def test_no_training_and_no_teacher_gets_a_test_event(
@@ -213,6 +280,15 @@ def test_baselines_are_rows(log: Path, tmp_path: Path) -> None:
 def test_an_unknown_row_is_refused_with_those_there_are(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["sampling", "--data", str(log), "--rows", "half"]) == 2
     assert "no row half: rows are full, without random" in capsys.readouterr().out
+
+
+def test_a_folder_that_another_process_fills_is_not_waited_for(tmp_path: Path) -> None:
+    with filled(tmp_path / "a") as part:
+        assert part is not None
+        with pytest.raises(BusyError), filled(tmp_path / "a", wait=False):
+            pass
+    with filled(tmp_path / "a", wait=False) as part:
+        assert part is None
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import report, tables
+from experiments import report
 from experiments.dots import dots
 from experiments.report import exposed, write_report
 from experiments.study import RESULT, FrozenLists, Study, save_scores
@@ -36,9 +36,9 @@ def study(tmp_path: Path) -> Study:
 
 def put(study: Study, row: Row, scores: list[dict[str, np.ndarray]]) -> None:
     """What a run leaves of a row: its search and a test for each seed."""
-    path = study.search(tables.search_name(row, BUDGET, study.data))
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, {"chosen": {"lr": 0.1}, "trials": [{"changes": {"lr": 0.1}, "score": 0.5}]})
+    trial = study.run(recipe_of(row, BUDGET, study.data, {"lr": 0.1}, 0))
+    trial.mkdir(parents=True)
+    write_json(trial / RESULT, {"valid_ndcg@10": 0.5})
     for seed, sets in enumerate(scores):
         folder = study.test(recipe_of(row, BUDGET, study.data, {"lr": 0.1}, seed))
         folder.mkdir(parents=True)

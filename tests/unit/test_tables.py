@@ -34,11 +34,24 @@ def test_every_row_of_every_table_names_what_there_is(name: str, budget: str) ->
         assert recipe.sampler in SAMPLERS
 
 
-def test_all_rows_have_the_same_trials() -> None:
+def test_all_rows_have_the_same_trials_but_two_that_say_so() -> None:
     budget = tables.read_budget("full")
     rows = [row for name in tables.names() for row in tables.read_table(name).rows if row.baseline is None]
-    assert {trials_of(row, budget) for row in rows} == {budget.trials}
+    assert {trials_of(row, budget) for row in rows if not row.trials} == {budget.trials}
     assert {next(iter(row.search)) for row in rows} == {"lr"}
+    longer = [row for row in rows if row.trials]
+    assert [row.name for row in longer] == ["RankTower+", "Two-Tower+"]
+    assert len({trials_of(row, budget) for row in longer}) == 1
+    assert all(trials_of(row, budget) == row.trials > budget.trials for row in longer)
+
+
+@pytest.mark.parametrize(("own", "asked", "got"), [(True, 6, 6), (True, 2, 5), (True, 99, 6), (False, 6, 5)])
+def test_a_row_gets_the_trials_it_asks_for_never_fewer_than_others_nor_more_than_there_are(
+    own: bool, asked: int, got: int
+) -> None:
+    """The budget has five, the search six values to try; small budgets hold for all."""
+    row = replace(ROW, trials=asked, search={**ROW.search, "lr": [0.1, 0.2, 0.3, 0.4]})
+    assert trials_of(row, replace(BUDGET, own_trials=own)) == got
 
 
 def test_a_search_takes_the_best_of_one_key_to_the_next() -> None:
@@ -48,19 +61,35 @@ def test_a_search_takes_the_best_of_one_key_to_the_next() -> None:
         asked.append(changes)
         return changes["lr"] - changes["options.dropout"] - abs(changes["clip"] - 2)
 
-    trials = search(ROW, BUDGET, score)
+    trials, wanted = search(ROW, BUDGET, score)
     start = {"options.dropout": 0.5, "clip": 1.0}
+    assert not wanted
     assert asked[:3] == [{"lr": lr, **start} for lr in (0.1, 0.2, 0.3)]
     assert asked[3] == {"lr": 0.3, "options.dropout": 0.1, "clip": 1.0}
     assert asked[4] == {"lr": 0.3, "options.dropout": 0.1, "clip": 2.0}
     assert chosen(trials).changes == asked[4]
 
 
+def test_a_search_asks_at_once_for_the_trials_that_need_not_wait_for_one_another() -> None:
+    known: dict[str, float] = {}
+    rounds = []
+
+    def score(changes: Changes) -> float | None:
+        return known.get(str(changes))
+
+    while wanted := search(ROW, BUDGET, score)[1]:
+        rounds.append([(changes["lr"], changes["options.dropout"], changes["clip"]) for changes in wanted])
+        known.update({str(changes): changes["lr"] for changes in wanted[::-1][:2]})  # the last two get done first
+    assert rounds == [[(0.1, 0.5, 1.0), (0.2, 0.5, 1.0), (0.3, 0.5, 1.0)], [(0.1, 0.5, 1.0)], [(0.3, 0.1, 1.0)],
+                      [(0.3, 0.5, 2.0)]]  # fmt: skip
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 4])
 def test_a_search_ends_with_its_trials(most: int) -> None:
     budget = replace(BUDGET, trials=most)
-    assert len(search(ROW, budget, lambda changes: 0.0)) == trials_of(ROW, budget) == most
-    assert chosen(search(ROW, budget, lambda changes: 0.0)).changes["lr"] == 0.1  # of equals the first
+    trials, _ = search(ROW, budget, lambda changes: 0.0)
+    assert len(trials) == trials_of(ROW, budget) == most
+    assert chosen(trials).changes["lr"] == 0.1  # of equals the first
 
 
 def test_a_row_changes_what_the_data_set_changes_in_the_budgets_recipe() -> None:
@@ -83,6 +112,7 @@ def test_a_name_tells_recipes_apart_but_not_devices() -> None:
     [
         ('name = "a"\nlearning_rate = 1', "no recipe has 'learning_rate'"),
         ('name = "a"\nseed = 1', "no recipe has 'seed'"),
+        ('name = "a"\ntrials = "many"', "trials is 'many': write a whole number"),
         ('name = "a"\nbaseline = "popular"', "a baseline is one of"),
         ('name = "b"', "the reference must be one of the rows"),
         ('name = "a"\n[[rows]]\nname = "a"', "no two may share a name"),

@@ -5,7 +5,7 @@
     lists/<set>.npz, result.json                  the test lists, made before anything is trained, and what they are
     teacher/                                      soft labels, fitted once for all runs
     runs/<recipe>/                                a finished training: weights, epochs, result.json
-    tests/<recipe>/                               raw scores of the test lists, and result.json
+    tests/<recipe>/                               scores of the test lists, and result.json
     tests.jsonl                                   a line for each time that test lists were scored
     costs/<recipe>/result.json                    what serving costs
 
@@ -170,16 +170,32 @@ def save_lists(path: Path, lists: Lists, user: np.ndarray) -> None:
 
 
 def save_scores(folder: Path, scores: Mapping[str, np.ndarray]) -> None:
-    """Scores (L, n) of each list set; NaN never, whatever stands on padding."""
+    """Scores (L, n) of each list set; NaN never, whatever stands on padding.
+
+    Of the full set as they are; of the other the places alone, which is all that a metric of one list reads, in a
+    quarter of the size: 11 and 3 MB for KuaiRand's 15,327 lists, so that 50 rows with three seeds take 2 GB.
+    """
     for name, values in scores.items():
-        np.savez_compressed(folder / f"{name}.npz", scores=values.astype(np.float32))
+        kept = values.astype(np.float32) if name == "full" else places(values.astype(np.float32))
+        np.savez_compressed(folder / f"{name}.npz", scores=kept)
 
 
 def load_scores(folder: Path, name: str) -> np.ndarray:
-    """Scores (L, n) float32 of one list set."""
+    """What was kept of one list set, (L, n): float32 scores, or whole numbers in their order, ties included."""
     with np.load(folder / f"{name}.npz", allow_pickle=False) as kept:
         scores: np.ndarray = kept["scores"]
         return scores
+
+
+def places(values: np.ndarray) -> np.ndarray:
+    """How many distinct lower values each value of a row has: (L, n), the smallest unsigned type that holds them."""
+    order = np.argsort(values, axis=1)
+    ascending = np.take_along_axis(values, order, axis=1)
+    steps = np.zeros(values.shape, np.min_scalar_type(max(values.shape[1] - 1, 0)))
+    steps[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
+    found = np.empty_like(steps)
+    np.put_along_axis(found, order, np.cumsum(steps, axis=1, dtype=steps.dtype), axis=1)
+    return found
 
 
 def log_digest(folder: Path) -> str:

@@ -19,25 +19,31 @@ from experiments import tables
 from experiments.dots import dots
 from experiments.run import OUT, data_name, data_sets
 from experiments.study import RESULT, FrozenLists, Study, load_scores
-from experiments.tables import Budget, Row, Table, Trial, chosen, recipe_of
+from experiments.tables import DIVERGED, Budget, Row, Table, Trial, chosen, described, recipe_of
 from model.datasets.log import IMPRESSION, PADDING
 from model.errors import RankTowerError
 from model.evaluate import list_metrics
-from model.metrics import Interval, paired_bootstrap
+from model.metrics import Interval, bootstrap
 from model.sampling import Lists
 
-NOT_HERE = "n/a"
+NOT_HERE = "n/a"  # was not run, or is not known yet
+NOTHING = "–"  # was run, but no list has anything to measure
 METRICS = {  # of each list set; the first two are compared with the reference
     "full": ("recall@10", "ndcg@10", "recall@50", "ndcg@50"),
     "random": ("recall@10", "ndcg@10", "recall@50", "ndcg@50"),
-    "exposed": ("ndcg@1", "ndcg@3", "gauc"),
+    "exposed": ("gauc", "ndcg@1", "ndcg@3"),
 }
+MAIN = {"full": "ndcg@10", "random": "ndcg@10", "exposed": "gauc"}  # what rows are ordered by
 SET_NAMES = {
     "full": "full stage",
     "random": "random negatives only",
     "exposed": "exposed items only, a list a user, of users with a positive and a negative",
 }
-PLOTTED = "ndcg@10"
+SPLITS = {
+    "time": "by time",
+    "order": "by the order of each user's events",
+    "hash": "by a hash of user and item",
+}
 COSTS = {"parameters": "parameters", "item_bytes": "bytes an item", "macs": "MACs a candidate", "ms": "ms of 5,000"}
 
 ByList = dict[str, np.ndarray]  # metric -> (L,), NaN where a list has nothing to measure
@@ -49,6 +55,7 @@ class Measured:
 
     means: dict[str, np.ndarray]  # metric -> (seeds,)
     by_list: ByList  # averaged over seeds
+    weights: ByList  # of metrics that have any
     user: np.ndarray  # (L,)
 
     @property
@@ -59,9 +66,14 @@ class Measured:
         """Over seeds; NaN for one."""
         return float(self.means[metric].std(ddof=1)) if self.seeds > 1 else float("nan")
 
+    def interval(self, metric: str) -> Interval:
+        """Averaged over seeds; 95 % by resampling users."""
+        return bootstrap({metric: self.by_list[metric]}, self.user, self.weights)[metric]
+
     def compared(self, reference: Measured, metric: str) -> Interval:
         """This row less the reference, averaged over seeds; 95 % by resampling users."""
-        return paired_bootstrap(self.by_list[metric], reference.by_list[metric], self.user)
+        difference = self.by_list[metric] - reference.by_list[metric]
+        return bootstrap({metric: difference}, self.user, self.weights)[metric]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +83,11 @@ class Line:
     row: Row
     measured: dict[str, Measured] = field(default_factory=dict)  # by list set
     chosen: Mapping[str, Any] = field(default_factory=dict)
-    trials: Sequence[Trial] = ()
+    trials: Sequence[Trial] = ()  # those done, in the order of the search
+    asked: int = 0  # trials of the whole search
     seconds: float = float("nan")  # of training, mean over seeds
     costs: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: frozenset[str] = frozenset()  # devices, with their threads
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,37 +116,52 @@ def write_report(root: Path, target: Path, wanted: Sequence[Table], budget: Budg
     text, studies = [HEAD], dict[str, Study]()
     for table in wanted:
         text.append(f"## {table.title}\n")
-        for name in map(data_name, data_sets(table, budget, data)):
+        names = [data_name(one) for one in data_sets(table, budget, data)]
+        known_elsewhere = {name: None for row in table.rows for name in row.paper if name not in table.data}
+        for name in [*names, *(known_elsewhere if data is None and not budget.made else ())]:
             text.append(f"### {name}\n")
-            if not (root / "logs" / name).is_dir():
-                text.append(f"{NOT_HERE}: the adapter is there, the data is not.\n")
-                continue
-            study = studies.setdefault(name, Study(root, name))
-            text.append(section(study, target, table, budget))
+            if (root / "logs" / name).is_dir():
+                study = studies.setdefault(name, Study(root, name))
+                text.append(section(study, target, table, budget))
+            else:
+                text.append(absent(table, name))
     (target / "TABLES.md").write_text("\n".join(text), encoding="utf-8")
 
 
 HEAD = """# Tables
 
-Written by `python -m experiments.report` from the raw scores of every run. Each row had the same number of trials on
-validation, learning rate first; the recipe that they chose was trained with each seed and tested once. Recall@K divides
+Written by `make tables` from the scores that every run left. Each row had the trials on validation that are printed
+beside it, learning rate first; the recipe that they chose was trained with each seed and tested once. Recall@K divides
 by min(K, positives), the gain of NDCG is 2^grade - 1, relevant is a grade above 0, ties take their expected value,
-lists without a positive are left out. Numbers are means over seeds ± their standard deviation; a difference is to the
-reference row (in bold), averaged over seeds, with its 95 % interval from a paired bootstrap over users. The paper's
-numbers have another K, split and lists than ours: compare orders and lifts, not values. n/a: not run.
+lists without a positive are left out. Numbers are means over seeds ± their standard deviation. Intervals are of 95 %,
+from a bootstrap over users of what is averaged over seeds; differences (Δ) are to the reference row (in bold), over the
+same lists. The paper's numbers have another K, split and lists than ours: compare orders and lifts, not values.
+n/a: not run; –: no list has anything to measure.
 """
 
 
+def absent(table: Table, data: str) -> str:
+    """What the paper says of a data set that is not here."""
+    lines = ["Adapter ready, data not here.\n"]
+    if any(data in row.paper for row in table.rows):
+        lines += ["| | ours | paper, R@K / N@K |", "|---|--:|--:|"]
+        lines += [f"| {row.name} | {NOT_HERE} | {in_paper(row, data)} |" for row in table.rows if data in row.paper]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def section(study: Study, target: Path, table: Table, budget: Budget) -> str:
-    """A table on one data set: a block for each list set, and plots."""
+    """A table on one data set: what it is about, a block for each list set, the orders, plots, and all searches."""
     if not (study.folder / "lists" / RESULT).is_file():
         return f"{NOT_HERE}: nothing was run on this log by this code.\n"
     lines = [read_line(study, table, budget, row) for row in table.rows]
-    blocks = [block(study, table, budget, lines, name) for name in study.list_sets()]
+    blocks = [protocol(study, budget, lines)]
+    blocks += [block(study, table, budget, lines, name) for name in study.list_sets()]
+    blocks.append(orders(study, lines))
     for file, svg in plots(table, study.data, lines).items():
         (target / "plots" / file).write_text(svg, encoding="utf-8")
         blocks.append(f"![{table.title}, {study.data}](plots/{file})\n")
-    return "\n".join(blocks)
+    return "\n".join([*blocks, searches(lines)])
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -143,21 +172,28 @@ def read_line(study: Study, table: Table, budget: Budget, row: Row) -> Line:
     if row.baseline is not None:
         return Line(row=row, measured=read_sets(study, [study.baseline(row.baseline)]))
     trials, wanted = study.search(row, budget)
+    asked = tables.trials_of(row, budget)
     if wanted:
-        return Line(row=row, trials=trials)
+        return Line(row=row, trials=trials, asked=asked)
     changes = chosen(trials).changes
     recipes = [recipe_of(row, budget, study.data, changes, seed) for seed in range(budget.seeds)]
     tests = [study.test(recipe) for recipe in recipes if (study.test(recipe) / RESULT).is_file()]
     cost = study.cost(recipes[0]) / RESULT
-    took = [json.loads((test / RESULT).read_text())["train_seconds"] for test in tests]
+    results = [json.loads((test / RESULT).read_text()) for test in tests]
     return Line(
         row=row,
         measured=read_sets(study, tests),
         chosen=changes,
         trials=trials,
-        seconds=float(np.mean(took)) if took else float("nan"),
+        asked=asked,
+        seconds=float(np.mean([result["train_seconds"] for result in results])) if results else float("nan"),
+        trained_on=frozenset(f"{result['device']}, {counted(result['threads'], 'thread')}" for result in results),
         costs=json.loads(cost.read_text()) if table.cost and cost.is_file() else {},
     )
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def read_sets(study: Study, tests: Sequence[Path]) -> dict[str, Measured]:
@@ -189,7 +225,7 @@ def measured(seeds: Sequence[Metrics]) -> Measured:
     metrics = list(seeds[0][0])
     means = {name: np.array([mean_of(by[name], weights.get(name)) for by, weights, _ in seeds]) for name in metrics}
     by_list = {name: np.mean([by[name] for by, _, _ in seeds], axis=0) for name in metrics}
-    return Measured(means=means, by_list=by_list, user=seeds[0][2])
+    return Measured(means=means, by_list=by_list, weights=seeds[0][1], user=seeds[0][2])
 
 
 def mean_of(values: np.ndarray, weight: np.ndarray | None) -> float:
@@ -225,62 +261,92 @@ def exposed(test: FrozenLists) -> tuple[FrozenLists, Callable[[np.ndarray], np.n
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+def protocol(study: Study, budget: Budget, lines: Sequence[Line]) -> str:
+    """What a reader has to know of the data and of what each row may spend."""
+    about = study.about()
+    log = about["log"]
+    longer = [f"{line.row.name} {line.asked}" for line in lines if line.row.baseline is None and line.row.trials]
+    spent = f"at most {counted(budget.trials, 'trial')} a row" + (f" ({', '.join(longer)})" if longer else "")
+    trained_on = sorted(set().union(*(line.trained_on for line in lines)))
+    said = [
+        f"Log `{log['name']}`: {log['users']:,} users, {log['items']:,} items, {log['events']:,} rows, of which "
+        f"{log['train']:,} in {log['train_lists']:,} lists to train on; split {SPLITS[log['split']]}.",
+        *([] if log["timed"] else ["It has no times."]),
+        *([] if log["history"] else ["No field holds a sequence."]),
+        *([] if log["left"] else ["Nothing is logged of what was shown and not taken: impressions differ in grade."]),
+        "Candidates are those that were logged." if about["stages"] else CANDIDATES,
+        f"Budget `{budget.name}`: {spent}, {counted(budget.seeds, 'seed')}.",
+        *([f"Trained on {'; '.join(trained_on)}."] if trained_on else []),
+    ]
+    return " ".join(said) + "\n"
+
+
+CANDIDATES = (
+    "Candidates of the test are simulated, half by co-visitation with the history and half by popularity within the "
+    "scenario, from training alone and by no source that a row resembles; they were frozen before anything was trained."
+)
+
+
 def block(study: Study, table: Table, budget: Budget, lines: Sequence[Line], name: str) -> str:
-    """One list set: what the lists are, the table, and the order by NDCG beside the paper's."""
+    """One list set: what the lists are, and the table."""
     metrics = METRICS[name]
     paper = any(study.data in line.row.paper for line in lines) and name == "full"
     costs = COSTS if table.cost and name == "full" else {}
-    columns = [*(title(metric) for metric in metrics), *(f"Δ {title(metric)}" for metric in metrics[:2])]
+    columns = [title(metric) for metric in metrics] + [f"{title(MAIN[name])}, 95 %"]
+    columns += [f"Δ {title(metric)}" for metric in metrics[:2]]
     columns += [*(["paper, R@K / N@K"] if paper else []), *costs.values()]
-    columns += ["chosen", "training, s"] if name == "full" else []
-    text = [f"#### {SET_NAMES[name]}\n", protocol(study, budget, name) + "\n"]
+    columns += ["trials", "chosen", "training, s"] if name == "full" else []
+    text = [f"#### {SET_NAMES[name]}\n", lists_of(study, name) + "\n"]
     text += [f"| | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     reference = next(line for line in lines if line.row.name == table.reference)
     for line in lines:
         cells = [*metric_cells(line, name, budget), *difference_cells(line, reference, name)]
-        if paper:
-            known = line.row.paper.get(study.data)
-            cells.append("" if known is None else f"{known[0]:.4f} / {known[1]:.4f}")
+        cells += [in_paper(line.row, study.data)] if paper else []
         cells += [f"{line.costs[key]:,}" if line.costs else NOT_HERE for key in costs]
-        if name == "full":
-            cells.append(", ".join(f"{key} {value}" for key, value in line.chosen.items()))
-            cells.append("" if line.seconds != line.seconds else f"{line.seconds:.0f}")
+        cells += search_cells(line) if name == "full" else []
         label = f"**{line.row.name}**" if line is reference else line.row.name
         text.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join([*text, "", *orders(study, lines, name), ""])
+    return "\n".join([*text, ""])
 
 
-def protocol(study: Study, budget: Budget, name: str) -> str:
-    """What the lists are, in a sentence or three."""
-    about = study.about()
-    log, sets = about["log"], about["sets"]
-    split = {"time": "by time", "order": "by the order of each user's events", "hash": "by a hash of user and item"}
-    said = f"Log {log['name']}, {log['events']:,} events, split {split.get(log['split'], log['split'])}. "
+def lists_of(study: Study, name: str) -> str:
+    """What the lists of a set are, and the hash that names them."""
     if name == "exposed":
         test, _ = exposed(study.test_set("full"))
-        return said + f"{len(test.user):,} users."
-    lists = sets[name]
-    source = "as logged" if about["stages"] else "simulated from the past by sources that no row resembles"
-    return said + (
-        f"{lists['lists']:,} test lists `{lists['digest'][:16]}` of up to {lists['size']} items, "
-        f"{lists['users']:,} users, {lists['left_out']:,} lists without a positive left out; "
-        + (f"candidates {source}. " if name == "full" else "impressions and random items. ")
-        + f"At most {budget.trials} trials and {budget.seeds} seed{'s' * (budget.seeds > 1)} a row."
+        return f"{len(test.user):,} users; the others took all or nothing of what they were shown."
+    lists = study.about()["sets"][name]
+    content = "impressions, candidates and random items" if name == "full" else "impressions and random items"
+    return (
+        f"{lists['lists']:,} test lists `{lists['digest'][:16]}` of {content}, up to {lists['size']} a list, of "
+        f"{lists['users']:,} users; {lists['left_out']:,} more lists without a positive are left out."
     )
 
 
+def in_paper(row: Row, data: str) -> str:
+    return f"{row.paper[data][0]:.4f} / {row.paper[data][1]:.4f}" if data in row.paper else ""
+
+
+def search_cells(line: Line) -> list[str]:
+    """Trials, what they chose, and seconds of a training."""
+    if line.row.baseline is not None:
+        return ["", "", ""]
+    done = str(line.asked) if len(line.trials) == line.asked else f"{len(line.trials)} of {line.asked}"
+    return [done, described(dict(line.chosen)), NOT_HERE if line.seconds != line.seconds else f"{line.seconds:.0f}"]
+
+
 def metric_cells(line: Line, name: str, budget: Budget) -> list[str]:
-    """Mean ± deviation; a row with seeds missing says how many it has."""
+    """Mean ± deviation of each metric, the interval of the main one; a row with seeds missing says how many it has."""
     if name not in line.measured:
-        return [NOT_HERE] * len(METRICS[name])
+        return [NOT_HERE] * (len(METRICS[name]) + 1)
     found = line.measured[name]
     short = "" if line.row.baseline or found.seeds == budget.seeds else f" ({found.seeds} of {budget.seeds} seeds)"
     cells = []
     for metric in METRICS[name]:
         mean, deviation = float(found.means[metric].mean()), found.deviation(metric)
         spread = "" if deviation != deviation else f" ± {deviation:.4f}"
-        cells.append(NOT_HERE if mean != mean else f"{mean:.4f}{spread}{short}")
-    return cells
+        cells.append(NOTHING if mean != mean else f"{mean:.4f}{spread}{short}")
+    at = found.interval(MAIN[name])
+    return [*cells, f"[{at.low:.4f}, {at.high:.4f}]" if at.lists else NOTHING]
 
 
 def difference_cells(line: Line, reference: Line, name: str) -> list[str]:
@@ -290,18 +356,44 @@ def difference_cells(line: Line, reference: Line, name: str) -> list[str]:
     if name not in line.measured or name not in reference.measured:
         return [NOT_HERE] * len(wanted)
     found = [line.measured[name].compared(reference.measured[name], metric) for metric in wanted]
-    return [f"{at.mean:+.4f} [{at.low:+.4f}, {at.high:+.4f}]" if at.lists else NOT_HERE for at in found]
+    return [f"{at.mean:+.4f} [{at.low:+.4f}, {at.high:+.4f}]" if at.lists else NOTHING for at in found]
 
 
-def orders(study: Study, lines: Sequence[Line], name: str) -> list[str]:
-    """The order of the rows by NDCG, and the paper's of the same rows."""
-    metric = METRICS[name][1]
-    ours = {line.row.name: float(line.measured[name].means[metric].mean()) for line in lines if name in line.measured}
+def orders(study: Study, lines: Sequence[Line]) -> str:
+    """The order of the rows on each list set, and the paper's of the same rows."""
+    sets = {name: order_on(lines, name) for name in study.list_sets()}
+    text = [f"- {SET_NAMES[name]}, by {title(MAIN[name])}: {ordered(of)}" for name, of in sets.items() if len(of) > 1]
+    full, random = sets["full"], sets.get("random", {})
+    pairs = [(a, b) for a in full for b in full if a < b and a in random and b in random]
+    if pairs:
+        same = sum((full[a] > full[b]) == (random[a] > random[b]) for a, b in pairs)
+        text.append(f"- the first two orders agree on {same} of {len(pairs)} pairs of rows")
     theirs = {line.row.name: line.row.paper[study.data][1] for line in lines if study.data in line.row.paper}
-    said = [f"Order by {title(metric)}: {ordered(ours)}.\n"] if len(ours) > 1 else []
-    if name == "full" and len(theirs) > 1:
-        said.append(f"The paper's: {ordered(theirs)}.\n")
-    return said
+    text += [f"- the paper's: {ordered(theirs)}"] if len(theirs) > 1 else []
+    return "\n".join(["Order of the rows:\n", *text, ""]) if text else ""
+
+
+def order_on(lines: Sequence[Line], name: str) -> dict[str, float]:
+    """What rows are ordered by, of those that have it."""
+    found = {line.row.name: line.measured[name].means[MAIN[name]].mean() for line in lines if name in line.measured}
+    return {row: float(value) for row, value in found.items() if value == value}
+
+
+def searches(lines: Sequence[Line]) -> str:
+    """All trials of all rows, so that anyone can see that they had the same budget; the chosen one in bold."""
+    text = [
+        "<details><summary>All trials, validation NDCG@10</summary>\n",
+        "| row | trial | NDCG@10 |",
+        "|---|---|--:|",
+    ]
+    for line in lines:
+        for place, trial in enumerate(line.trials):
+            first = line.trials[0].changes
+            new = trial.changes if not place else {k: v for k, v in trial.changes.items() if v != first[k]}
+            score = "diverged" if trial.score == DIVERGED else f"{trial.score:.4f}"
+            best = len(line.trials) == line.asked and trial == chosen(line.trials)
+            text.append(f"| {line.row.name} | {described(new)} | {f'**{score}**' if best else score} |")
+    return "\n".join([*text, "\n</details>\n"]) if len(text) > 3 else ""
 
 
 def ordered(values: Mapping[str, float]) -> str:
@@ -317,20 +409,22 @@ def plots(table: Table, data: str, lines: Sequence[Line]) -> dict[str, str]:
     known = [line for line in lines if "full" in line.measured]
     rows = {
         line.row.name: (
-            float(line.measured["full"].means[PLOTTED].mean()),
-            line.measured["full"].deviation(PLOTTED),
+            float(line.measured["full"].means[MAIN["full"]].mean()),
+            line.measured["full"].deviation(MAIN["full"]),
         )
         for line in known
     }
     if not rows:
         return {}
     files = {
-        f"{table.name}-{data}.svg": dots(f"{table.title}, {data}: {title(PLOTTED)}", rows, reference=table.reference)
+        f"{table.name}-{data}.svg": dots(
+            f"{table.title}, {data}: {title(MAIN['full'])}", rows, reference=table.reference
+        )
     }
     paid = {line.row.name: [(line.costs["ms"], rows[line.row.name][0])] for line in known if line.costs}
     if paid and min(point[0][1] for point in paid.values()) > 0:
         what = f"{data}: quality and the time of 5,000 candidates, one thread"
-        files[f"{table.name}-{data}-frontier.svg"] = chart(what, "ms", title(PLOTTED), paid)
+        files[f"{table.name}-{data}-frontier.svg"] = chart(what, "ms", title(MAIN["full"]), paid)
     return files
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from experiments import tables
 from experiments.cost import measure_cost
 from experiments.study import RESULT, BusyError, Study, filled, save_scores
-from experiments.tables import DIVERGED, Budget, Changes, Row, Table, Trial, chosen, recipe_name, recipe_of
+from experiments.tables import DIVERGED, Budget, Row, Table, Trial, chosen, described, recipe_name, recipe_of
 from model.checkpoint import load_checkpoint, write_json
 from model.cli import convert, progress_bars
 from model.datasets import DATASETS
@@ -339,10 +339,6 @@ class Runner:
 
     def cost(self, recipe: Recipe, part: Path) -> None:
         write_json(part / RESULT, measure_cost(self.study.run(recipe), self.study.log))
-
-
-def described(changes: Changes) -> str:
-    return ", ".join(f"{key} {value}" for key, value in changes.items())
 
 
 def mean_seconds(study: Study) -> dict[str, float]:

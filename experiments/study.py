@@ -34,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 from experiments import tables
 from experiments.tables import Budget, Changes, Row, Trial, recipe_name, recipe_of
 from model.checkpoint import write_json
-from model.datasets.log import TEST, TRAIN, Log, read_log, without
+from model.datasets.log import IMPRESSION, TEST, TRAIN, Log, read_log, without
 from model.datasets.schema import FILE
 from model.evaluate import held_out
 from model.requests import SplitRequests, fit_log_spec
@@ -135,9 +135,7 @@ class Study:
                 held = held_out(self.log, TEST, random_only=SETS[name])
                 save_lists(part / f"{name}.npz", held.lists, held.requests.user)
                 about[name] = held.describe()
-            schema, train = self.log.schema, self.log.split == TRAIN
-            log = {"name": schema.name, "split": schema.split.by, "events": len(self.log), "train": int(train.sum())}
-            write_json(part / RESULT, {"log": log, "sets": about, "stages": self.log.has_stages})
+            write_json(part / RESULT, {"log": facts(self.log), "sets": about, "stages": self.log.has_stages})
 
     def sets(self) -> tuple[str, ...]:
         """The list sets there are: a log with its own stages has one, as logged."""
@@ -163,6 +161,24 @@ class Study:
     def requests(self) -> SplitRequests:
         """The requests of the test lists of every set, in their order."""
         return held_out(self.log, TEST).requests
+
+
+def facts(log: Log) -> dict[str, Any]:
+    """What a reader of a table has to know of a log, as plain numbers and words."""
+    train = log.split == TRAIN
+    shown = train & (log.stage == IMPRESSION)
+    return {
+        "name": log.schema.name,
+        "split": log.schema.split.by,
+        "timed": log.schema.columns.time is not None,
+        "history": log.schema.history is not None,
+        "users": len(log.users),
+        "items": len(log.items),
+        "events": len(log),
+        "train": int(train.sum()),
+        "train_lists": len(np.unique(log.request[train])),
+        "left": int((shown & (log.grade == 0)).sum()),  # shown in training and not taken
+    }
 
 
 def save_lists(path: Path, lists: Lists, user: np.ndarray) -> None:

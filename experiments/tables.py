@@ -153,6 +153,15 @@ def recipe_name(recipe: Recipe) -> str:
     return f"{recipe.network}-{recipe.loss}-{recipe.sampler}-seed{recipe.seed}-{identity(content)}"
 
 
+def described(changes: Changes) -> str:
+    """Changes for people: the last part of each name, of a table its numbers with theirs."""
+    values = {
+        key: " ".join(f"{name} {number:g}" for name, number in value.items()) if isinstance(value, Mapping) else value
+        for key, value in changes.items()
+    }
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items())
+
+
 # --- search ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from experiments import report
 from experiments.dots import dots
-from experiments.report import exposed, write_report
+from experiments.report import Measured, exposed, write_report
 from experiments.study import RESULT, FrozenLists, Study, save_scores
 from experiments.tables import Budget, Row, Table, recipe_of
 from model.checkpoint import write_json
-from model.datasets.log import IMPRESSION, PADDING, RANDOM
+from model.datasets.log import IMPRESSION, PADDING, RANDOM, TRAIN
 from model.sampling import Lists
 from tests.logs import write_tiny_log
 
@@ -43,7 +46,7 @@ def put(study: Study, row: Row, scores: list[dict[str, np.ndarray]]) -> None:
         folder = study.test(recipe_of(row, BUDGET, study.data, {"lr": 0.1}, seed))
         folder.mkdir(parents=True)
         save_scores(folder, sets)
-        write_json(folder / RESULT, {"train_seconds": 10.0 + 2 * seed})
+        write_json(folder / RESULT, {"train_seconds": 10.0 + 2 * seed, "device": "cpu", "threads": 1 + seed})
 
 
 def perfect(study: Study) -> dict[str, np.ndarray]:
@@ -67,11 +70,13 @@ def test_a_perfect_row_beats_its_reverse_by_all_there_is(study: Study, tmp_path:
     assert ours[1:3] == ["1.0000 ± 0.0000"] * 2
     # of 200 places for 80 items the worst ten hold no positive: recall 0 with one seed, 1 with the other
     assert theirs[1] == "0.5000 ± 0.7071"
-    assert theirs[5] == "-0.5000 [-0.5000, -0.5000]"  # every list loses one half: the interval has no width
-    assert theirs[-1] == "11"
-    assert set(absent[1:7]) == {"n/a"}
-    assert "Order by NDCG@10: ours > theirs." in text
-    assert "The paper's: ours > theirs > absent." in text
+    assert theirs[6] == "-0.5000 [-0.5000, -0.5000]"  # every list loses one half: the interval has no width
+    assert theirs[8:] == ["0.5000 / 0.3000", "1", "lr 0.1", "11"]
+    assert set(absent[1:8]) == {"n/a"}
+    assert absent[8:] == ["0.5000 / 0.2000", "0 of 1", "", "n/a"]
+    assert text.count("by NDCG@10: ours > theirs\n") == 2
+    assert "- the first two orders agree on 1 of 1 pairs of rows" in text
+    assert "- the paper's: ours > theirs > absent" in text
     assert "#### random negatives only" in text
     assert study.about()["sets"]["full"]["digest"][:16] in text
     assert "(plots/t-tiny.svg)" in text
@@ -103,9 +108,70 @@ def test_a_row_with_seeds_missing_says_so(study: Study, tmp_path: Path) -> None:
     assert cells((tmp_path / "out" / "TABLES.md").read_text(), "ours")[1] == "1.0000 (1 of 2 seeds)"
 
 
-def test_data_that_is_not_here_is_not_applicable(tmp_path: Path) -> None:
-    write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, None)
-    assert "n/a: the adapter is there, the data is not." in (tmp_path / "out" / "TABLES.md").read_text()
+def test_data_that_is_not_here_stands_with_the_papers_numbers(tmp_path: Path) -> None:
+    other = Row(name="ours", search={"lr": [0.1]}, paper={"tiny": (0.5, 0.4), "elsewhere": (0.6, 0.3)})
+    write_report(tmp_path, tmp_path / "out", [replace(TABLE, rows=(other,))], BUDGET, None)
+    text = (tmp_path / "out" / "TABLES.md").read_text()
+    assert text.count("Adapter ready, data not here.") == 2
+    assert "### elsewhere" in text
+    assert cells(text, "ours") == ["ours", "n/a", "0.5000 / 0.4000"]
+
+
+def test_the_head_says_what_the_log_is_and_what_was_spent(study: Study, tmp_path: Path) -> None:
+    put(study, ROWS[0], [perfect(study)] * 2)
+    write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, ["tiny"])
+    text = (tmp_path / "out" / "TABLES.md").read_text()
+    train = int((study.log.split == TRAIN).sum())
+    assert f"Log `tiny`: 60 users, 80 items, {len(study.log):,} rows, of which {train:,} in " in text
+    assert "split by time. Candidates of the test are simulated" in text  # nothing odd about this log
+    assert "Budget `b`: at most 1 trial a row, 2 seeds. Trained on cpu, 1 thread; cpu, 2 threads." in text
+    assert "| ours | lr 0.1 | **0.5000** |" in text
+
+
+def test_the_head_says_what_a_log_lacks_and_a_metric_without_lists_is_a_dash(tmp_path: Path) -> None:
+    """As Taobao: no times, no history, nothing shown that was not taken."""
+    folder = write_tiny_log(tmp_path / "logs" / "tiny", users=40, items=60, history=0)
+    events = pq.read_table(folder / "events.parquet")
+    events = events.drop_columns(["time", "click"]).append_column("click", pa.array(np.ones(len(events), bool)))
+    pq.write_table(events, folder / "events.parquet")
+    (folder / "log.toml").write_text(
+        (folder / "log.toml").read_text().replace('time = "time"\n', "").replace("time", "hash")
+    )
+    study = Study(tmp_path, "tiny")
+    study.freeze()
+    put(study, ROWS[0], [perfect(study)] * 2)
+    put(study, ROWS[1], [perfect(study)] * 2)
+    write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, ["tiny"])
+    text = (tmp_path / "out" / "TABLES.md").read_text()
+    assert "split by a hash of user and item. It has no times. No field holds a sequence. Nothing is logged of" in text
+    exposed_only = text[text.index("#### exposed") :]
+    assert exposed_only.splitlines()[2].startswith("0 users;")
+    assert cells(exposed_only, "theirs")[1:] == ["–"] * 6
+    assert cells(exposed_only, "absent")[1:] == ["n/a"] * 6
+    assert "nan" not in text
+
+
+def test_a_difference_in_gauc_weighs_users_as_gauc_does() -> None:
+    """A user with nine exposures counts nine times as much as one with one."""
+    user, weight = np.array([0, 1]), np.array([9.0, 1.0])
+    both = [
+        Measured(means={}, by_list={"gauc": np.array(values)}, weights={"gauc": weight}, user=user)
+        for values in ([0.9, 0.5], [0.8, 0.9])
+    ]
+    assert both[0].compared(both[1], "gauc").mean == pytest.approx(0.9 * 0.1 - 0.1 * 0.4)
+    assert both[0].interval("gauc").mean == pytest.approx(0.86)
+
+
+def test_a_search_that_is_not_over_shows_its_trials(study: Study, tmp_path: Path) -> None:
+    row = replace(ROWS[0], search={"lr": [0.1, 0.2, 0.3], "loss_options.weights": [{"a": 1.0}, {"a": 0.3}]})
+    for lr, score in ((0.1, 0.4), (0.3, -1.0)):
+        folder = study.run(recipe_of(row, BUDGET, "tiny", {"lr": lr, "loss_options.weights": {"a": 1.0}}, 0))
+        folder.mkdir(parents=True)
+        write_json(folder / RESULT, {"valid_ndcg@10": score})
+    write_report(tmp_path, tmp_path / "out", [replace(TABLE, rows=(row,))], replace(BUDGET, trials=4), ["tiny"])
+    text = (tmp_path / "out" / "TABLES.md").read_text()
+    assert cells(text, "ours")[-3:] == ["2 of 4", "", "n/a"]
+    assert "| ours | lr 0.1, weights a 1 | 0.4000 |\n| ours | lr 0.3 | diverged |" in text
 
 
 def test_exposed_lists_are_the_impressions_of_users_who_took_some_and_left_some() -> None:

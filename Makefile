@@ -18,7 +18,7 @@ PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost tables test check verify sanitize openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify sanitize openapi clean
 
 help: ## print these verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -123,6 +123,9 @@ table-network: $(VENV)/.setup ## RankTower without one part after the other
 
 table-cost: $(VENV)/.setup ## parameters, bytes, arithmetic and time beside quality
 	$(call table,cost)
+
+table-context: $(VENV)/.setup ## training rows that lack scenario and hour
+	$(call table,context)
 
 tables: $(VENV)/.setup ## write TABLES.md and its plots from what was run so far
 	$(BIN)/python -m experiments.report --budget $(BUDGET) $(TABLE_DATA) $(EXTRA)

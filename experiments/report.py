@@ -177,8 +177,8 @@ def read_line(study: Study, table: Table, budget: Budget, row: Row) -> Line:
         return Line(row=row, trials=trials, asked=asked)
     changes = chosen(trials).changes
     recipes = [recipe_of(row, budget, study.data, changes, seed) for seed in range(budget.seeds)]
-    tests = [study.test(recipe) for recipe in recipes if (study.test(recipe) / RESULT).is_file()]
-    cost = study.cost(recipes[0]) / RESULT
+    tests = [test for recipe in recipes if ((test := study.test(recipe, row.view)) / RESULT).is_file()]
+    cost = study.cost(recipes[0], row.view) / RESULT
     results = [json.loads((test / RESULT).read_text()) for test in tests]
     return Line(
         row=row,
@@ -273,6 +273,7 @@ def protocol(study: Study, budget: Budget, lines: Sequence[Line]) -> str:
         f"{log['train']:,} in {log['train_lists']:,} lists to train on; split {SPLITS[log['split']]}.",
         *([] if log["timed"] else ["It has no times."]),
         *([] if log["history"] else ["No field holds a sequence."]),
+        *([f"{log['bare'] / log['train']:.0%} of the training rows have no context."] if log["bare"] else []),
         *([] if log["left"] else ["Nothing is logged of what was shown and not taken: impressions differ in grade."]),
         "Candidates are those that were logged." if about["stages"] else CANDIDATES,
         f"Budget `{budget.name}`: {spent}, {counted(budget.seeds, 'seed')}.",

@@ -219,7 +219,8 @@ class Runner:
             trials, wanted = self.study.search(row, self.budget)
             known = len(trials)
             if not wanted:
-                known += sum(self.study.score(self.recipe(row, trials, seed)) is not None for seed in self.seeds[1:])
+                scores = [self.study.score(self.recipe(row, trials, seed), row.view) for seed in self.seeds[1:]]
+                known += sum(score is not None for score in scores)
             done += known
             missing += [self.recipe(row, trials).network] * (total - known)
         seconds = mean_seconds(self.study)
@@ -249,62 +250,66 @@ class Runner:
         trials, wanted = self.study.search(row, self.budget)
         trial = partial(recipe_of, row, self.budget, self.study.data, seed=0)
         if wanted:
-            return [self.training(trial(changes), f"{row.name}, {described(changes)}") for changes in wanted]
+            return [self.training(row, trial(changes), described(changes)) for changes in wanted]
         if chosen(trials).score == DIVERGED:
             return []
         tasks = []
         for seed in self.seeds:
             recipe = self.recipe(row, trials, seed)
-            score = self.study.score(recipe)
+            score = self.study.score(recipe, row.view)
             if score is None:
-                tasks.append(self.training(recipe, f"{row.name}, seed {seed}"))
+                tasks.append(self.training(row, recipe, f"seed {seed}"))
             elif score != DIVERGED:
-                tasks.append(Task(folder=self.study.test(recipe), fill=partial(self.test, recipe)))
+                tasks.append(Task(folder=self.study.test(recipe, row.view), fill=partial(self.test, row, recipe)))
                 if self.table.cost and seed == 0 and self.alone:  # times are taken when no worker runs
-                    tasks.append(Task(folder=self.study.cost(recipe), fill=partial(self.cost, recipe)))
+                    tasks.append(Task(folder=self.study.cost(recipe, row.view), fill=partial(self.cost, row, recipe)))
         return tasks
 
-    def training(self, recipe: Recipe, what: str) -> Task:
+    def training(self, row: Row, recipe: Recipe, what: str) -> Task:
         """Of a recipe, or of its teacher if that comes first."""
-        if recipe.teacher and not self.study.teacher_folder.is_dir():
-            return Task(folder=self.study.teacher_folder, fill=self.fit_teacher)
+        teacher = self.study.teacher_folder(row.view)
+        if recipe.teacher and not teacher.is_dir():
+            return Task(folder=teacher, fill=partial(self.fit_teacher, row))
+        what = f"{row.name}, {what}"
         return Task(
-            folder=self.study.run(recipe),
-            fill=partial(self.train, recipe, what),
+            folder=self.study.run(recipe, row.view),
+            fill=partial(self.train, row, recipe, what),
             keep=True,
-            then=lambda: self.say(f"{what}: validation NDCG@10 {self.study.score(recipe):.4f}; {self.left()}"),
+            then=lambda: self.say(
+                f"{what}: validation NDCG@10 {self.study.score(recipe, row.view):.4f}; {self.left()}"
+            ),
         )
 
     # train, test
 
-    def fit_teacher(self, part: Path) -> None:
+    def fit_teacher(self, row: Row, part: Path) -> None:
         self.say("fitting the teacher")
-        self.study.fit_teacher(part)
+        self.study.fit_teacher(row.view, part)
 
-    def train(self, recipe: Recipe, what: str, part: Path) -> None:
+    def train(self, row: Row, recipe: Recipe, what: str, part: Path) -> None:
         """Train, going on from the last whole epoch of a process that was killed."""
         begun = (part / "state.safetensors").is_file()
         if not begun:
             shutil.rmtree(part)  # half of a first epoch
             part.mkdir()
-        self.say(f"{'going on with' if begun else 'training'} {what}: {self.study.run(recipe).name}")
+        self.say(f"{'going on with' if begun else 'training'} {what}: {self.study.run(recipe, row.view).name}")
         started = time.monotonic()
-        result = self.trained(part, recipe, begun)
+        result = self.trained(part, row, recipe, begun)
         write_json(part / RESULT, {**result, "seconds": round(time.monotonic() - started, 3)})
         for name in ("state.safetensors", "state.json", "teacher.safetensors"):
             (part / name).unlink(missing_ok=True)
 
-    def trained(self, part: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
+    def trained(self, part: Path, row: Row, recipe: Recipe, resume: bool) -> dict[str, Any]:
         """Train in a folder; what is kept of it."""
         with progress_bars() if self.alone else nullcontext() as progress:
             try:
                 metrics = train(
-                    self.study.seen,
+                    self.study.seen(row.view),
                     part,
                     replace(recipe, device=self.device),
                     resume=resume,
                     progress=progress,
-                    teacher=self.study.teacher if recipe.teacher else None,
+                    teacher=self.study.teacher(row.view) if recipe.teacher else None,
                     test=False,
                 )
             except DivergedError as error:
@@ -312,10 +317,10 @@ class Runner:
         kept = {key: metrics[key] for key in ("valid_ndcg@10", "best_epoch", "train_seconds", "teacher")}
         return {"recipe": asdict(recipe), "device": self.device, "threads": torch.get_num_threads(), **kept}
 
-    def test(self, recipe: Recipe, part: Path) -> None:
+    def test(self, row: Row, recipe: Recipe, part: Path) -> None:
         """Score the frozen test lists with a finished training, once."""
-        self.note(recipe_name(recipe))
-        run = self.study.run(recipe)
+        self.note(recipe_name(recipe, row.view))
+        run = self.study.run(recipe, row.view)
         network, spec, _ = load_checkpoint(run)
         users = encode_users(spec, self.study.log, self.study.requests)
         items = encode_items(spec, self.study.log)
@@ -337,8 +342,8 @@ class Runner:
         with (self.study.folder / "tests.jsonl").open("a") as stream:
             stream.write(json.dumps({"time": round(time.time()), "table": self.table.name, "scored": name}) + "\n")
 
-    def cost(self, recipe: Recipe, part: Path) -> None:
-        write_json(part / RESULT, measure_cost(self.study.run(recipe), self.study.log))
+    def cost(self, row: Row, recipe: Recipe, part: Path) -> None:
+        write_json(part / RESULT, measure_cost(self.study.run(recipe, row.view), self.study.log))
 
 
 def mean_seconds(study: Study) -> dict[str, float]:

@@ -3,7 +3,7 @@
 <root>/logs/<data>/                               the log in the documented form
 <root>/<data>-<content of the log>-<code>/        all results of one log by one version of the code that makes them
     lists/<set>.npz, result.json                  the test lists, made before anything is trained, and what they are
-    teacher/                                      soft labels, fitted once for all runs
+    teacher/                                      soft labels, fitted once for all runs of a view (views.py)
     runs/<recipe>/                                a finished training: weights, epochs, result.json
     tests/<recipe>/                               scores of the test lists, and result.json
     tests.jsonl                                   a line for each time that test lists were scored
@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import tables
 from experiments.tables import Budget, Changes, Row, Trial, recipe_name, recipe_of
+from experiments.views import VIEWS, WHOLE, bare
 from model.checkpoint import write_json
 from model.datasets.log import IMPRESSION, TEST, TRAIN, Log, read_log, without
 from model.datasets.schema import FILE
@@ -82,47 +83,48 @@ class Study:
         """The whole log. Only the test lists and their scores come from it."""
         return read_log(self.source)
 
-    @cached_property
-    def seen(self) -> Log:
-        """The log without its test events: all that teachers, searches and trainings get to see."""
-        return without(self.log, TEST)
+    @cache  # noqa: B019 (a study lives as long as its process)
+    def seen(self, view: str = WHOLE) -> Log:
+        """The log without its test events, as rows of a view see it: all that teachers, searches and trainings get."""
+        return VIEWS[view](without(self.log, TEST))
 
-    @property
-    def teacher_folder(self) -> Path:
-        return self.folder / "teacher"
+    def teacher_folder(self, view: str = WHOLE) -> Path:
+        return self.folder / ("teacher" if view == WHOLE else f"teacher-{view}")
 
-    def fit_teacher(self, folder: Path) -> None:
-        """Soft labels of the training impressions, the same for all runs."""
-        fitted = fit_teacher(self.seen, fit_log_spec(self.seen))
+    def fit_teacher(self, view: str, folder: Path) -> None:
+        """Soft labels of the training impressions, the same for all runs of a view."""
+        fitted = fit_teacher(self.seen(view), fit_log_spec(self.seen(view)))
         save_file({"soft": fitted.soft}, folder / "soft.safetensors")
         write_json(folder / RESULT, fitted.to_json())
 
-    @cached_property
-    def teacher(self) -> Teacher:
+    @cache  # noqa: B019
+    def teacher(self, view: str = WHOLE) -> Teacher:
         """The one that was fitted."""
-        kept = json.loads((self.teacher_folder / RESULT).read_text())
-        soft = load_file(self.teacher_folder / "soft.safetensors")["soft"]
+        folder = self.teacher_folder(view)
+        kept = json.loads((folder / RESULT).read_text())
+        soft = load_file(folder / "soft.safetensors")["soft"]
         return Teacher(soft=soft, auc=kept["auc"], logged=kept["logged"])
 
-    def run(self, recipe: Recipe) -> Path:
-        return self.folder / "runs" / recipe_name(recipe)
+    def run(self, recipe: Recipe, view: str = WHOLE) -> Path:
+        return self.folder / "runs" / recipe_name(recipe, view)
 
-    def test(self, recipe: Recipe) -> Path:
-        return self.folder / "tests" / recipe_name(recipe)
+    def test(self, recipe: Recipe, view: str = WHOLE) -> Path:
+        return self.folder / "tests" / recipe_name(recipe, view)
 
-    def cost(self, recipe: Recipe) -> Path:
-        return self.folder / "costs" / recipe_name(recipe)
+    def cost(self, recipe: Recipe, view: str = WHOLE) -> Path:
+        return self.folder / "costs" / recipe_name(recipe, view)
 
     def baseline(self, name: str) -> Path:
         return self.folder / "tests" / name
 
     def search(self, row: Row, budget: Budget) -> tuple[list[Trial], list[Changes]]:
         """The trials of a row that were trained, and those to train next: none when its search is over."""
-        return tables.search(row, budget, lambda changes: self.score(recipe_of(row, budget, self.data, changes, 0)))
+        trial = partial(recipe_of, row, budget, self.data, seed=0)
+        return tables.search(row, budget, lambda changes: self.score(trial(changes), row.view))
 
-    def score(self, recipe: Recipe) -> float | None:
+    def score(self, recipe: Recipe, view: str = WHOLE) -> float | None:
         """Validation NDCG@10 of a finished training, DIVERGED of one that diverged; None where there is none."""
-        path = self.run(recipe) / RESULT
+        path = self.run(recipe, view) / RESULT
         return float(json.loads(path.read_text())["valid_ndcg@10"]) if path.is_file() else None
 
     def freeze(self) -> None:
@@ -177,6 +179,7 @@ def facts(log: Log) -> dict[str, Any]:
         "events": len(log),
         "train": int(train.sum()),
         "train_lists": len(np.unique(log.request[train])),
+        "bare": int((train & bare(log)).sum()),
         "left": int((shown & (log.grade == 0)).sum()),  # shown in training and not taken
     }
 

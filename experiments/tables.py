@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.views import VIEWS, WHOLE
 from model.errors import RankTowerError
 from model.train import Recipe
 
@@ -35,6 +36,7 @@ class Row:
     changes: Changes = field(default_factory=dict)
     search: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # in the order of search
     trials: int = 0  # that it asks for, beyond those of the budget
+    view: str = WHOLE  # what it gets to train on
     paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # data set -> Recall@K, NDCG@K
 
 
@@ -114,7 +116,10 @@ def _row(table: str, entry: dict[str, Any], search: Mapping[str, Sequence[Any]])
         if baseline not in BASELINES or entry:
             raise RecipeError(f"recipes/{table}.toml, {name}: a baseline is one of {', '.join(BASELINES)} and no more")
         return Row(name=name, baseline=baseline, paper=paper)
-    row = Row(name=name, changes=entry, search={**search, **own}, trials=trials, paper=paper)
+    view = entry.pop("view", WHOLE)
+    if view not in VIEWS:
+        raise RecipeError(f"recipes/{table}.toml, {name}: view {view!r} is not known: use one of {', '.join(VIEWS)}")
+    row = Row(name=name, changes=entry, search={**search, **own}, trials=trials, view=view, paper=paper)
     for key in {**entry, **row.search}:
         if key.partition(".")[0] not in {known.name for known in fields(Recipe)} - {"seed"}:
             raise RecipeError(f"recipes/{table}.toml, {name}: no recipe has {key!r}")
@@ -147,10 +152,11 @@ def identity(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def recipe_name(recipe: Recipe) -> str:
+def recipe_name(recipe: Recipe, view: str = WHOLE) -> str:
     """What a recipe is called among files: readable first, then the hash of all of it but the device."""
     content = {key: value for key, value in asdict(recipe).items() if key != "device"}
-    return f"{recipe.network}-{recipe.loss}-{recipe.sampler}-seed{recipe.seed}-{identity(content)}"
+    parts = [recipe.network, recipe.loss, recipe.sampler, *([] if view == WHOLE else [view]), f"seed{recipe.seed}"]
+    return "-".join([*parts, identity(content)])
 
 
 def described(changes: Changes) -> str:

@@ -270,6 +270,20 @@ def test_a_table_of_costs_is_made_and_reported(log: Path, tmp_path: Path) -> Non
     assert (tmp_path / "report" / "plots" / "cost-tiny-frontier.svg").is_file()
 
 
+def test_views_share_the_test_lists_and_nothing_else(log: Path, tmp_path: Path) -> None:
+    rows = ("Two-Tower", "Two-Tower, no context fields")
+    study = make(log, tmp_path, "context", rows)
+    assert {path.name for path in study.folder.glob("teacher*")} == {"teacher", "teacher-no-context"}
+    tests = sorted(path.name for path in study.folder.glob("tests/[!.]*"))
+    assert [name.count("no-context") for name in tests] == [1, 0]
+    spec = json.loads((study.folder / "runs" / tests[0] / "spec.json").read_text())
+    assert not [field for field in spec["fields"] if field["side"] == "context"]
+    assert report.main(["context", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "TABLES.md").read_text()
+    assert "| Two-Tower, no context fields | 0." in text
+    assert "| Two-Tower, rows with context | n/a" in text
+
+
 def test_baselines_are_rows(log: Path, tmp_path: Path) -> None:
     study = make(log, tmp_path, "models", ("popularity", "random"))
     lists = study.test_set("full").lists

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -132,7 +133,15 @@ def test_the_head_says_what_a_log_lacks_and_a_metric_without_lists_is_a_dash(tmp
     """As Taobao: no times, no history, nothing shown that was not taken."""
     folder = write_tiny_log(tmp_path / "logs" / "tiny", users=40, items=60, history=0)
     events = pq.read_table(folder / "events.parquet")
-    events = events.drop_columns(["time", "click"]).append_column("click", pa.array(np.ones(len(events), bool)))
+    bare = np.arange(len(events)) % 4 == 0
+    columns = {
+        "click": pa.array(np.ones(len(events), bool)),
+        "device": pc.if_else(pa.array(bare), None, events["device"].fill_null("phone")),
+        "hour": pc.if_else(pa.array(bare), None, events["hour"]),
+    }
+    for name, values in columns.items():
+        events = events.drop_columns(name).append_column(name, values)
+    events = events.drop_columns("time")
     pq.write_table(events, folder / "events.parquet")
     (folder / "log.toml").write_text(
         (folder / "log.toml").read_text().replace('time = "time"\n', "").replace("time", "hash")
@@ -143,7 +152,9 @@ def test_the_head_says_what_a_log_lacks_and_a_metric_without_lists_is_a_dash(tmp
     put(study, ROWS[1], [perfect(study)] * 2)
     write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, ["tiny"])
     text = (tmp_path / "out" / "TABLES.md").read_text()
-    assert "split by a hash of user and item. It has no times. No field holds a sequence. Nothing is logged of" in text
+    assert "split by a hash of user and item. It has no times. No field holds a sequence. " in text
+    share = np.isnan(study.log.context["hour"])[study.log.split == TRAIN].mean()
+    assert f"sequence. {share:.0%} of the training rows have no context. Nothing is logged of" in text
     exposed_only = text[text.index("#### exposed") :]
     assert exposed_only.splitlines()[2].startswith("0 users;")
     assert cells(exposed_only, "theirs")[1:] == ["–"] * 6

@@ -105,6 +105,7 @@ def test_a_name_tells_recipes_apart_but_not_devices() -> None:
     others = [replace(recipe, lr=0.1), replace(recipe, options={"dim": 8}), replace(recipe, seed=1)]
     assert len({recipe_name(one) for one in [recipe, *others]}) == 4
     assert recipe_name(replace(recipe, device="cuda")) == recipe_name(recipe)
+    assert recipe_name(recipe, "no-context") != recipe_name(recipe)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ def test_a_name_tells_recipes_apart_but_not_devices() -> None:
         ('name = "a"\nlearning_rate = 1', "no recipe has 'learning_rate'"),
         ('name = "a"\nseed = 1', "no recipe has 'seed'"),
         ('name = "a"\ntrials = "many"', "trials is 'many': write a whole number"),
+        ('name = "a"\nview = "half"', "view 'half' is not known: use one of whole, with-context, no-context"),
         ('name = "a"\nbaseline = "popular"', "a baseline is one of"),
         ('name = "b"', "the reference must be one of the rows"),
         ('name = "a"\n[[rows]]\nname = "a"', "no two may share a name"),

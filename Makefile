@@ -49,7 +49,7 @@ train: data ## 2. train RankTower on them (var/run)
 	$(RUN) train --log var/log --out var/run $(EXTRA)
 
 evaluate: $(VENV)/.setup ## metrics of var/run on held-out lists, beside popularity and random
-	$(RUN) evaluate --checkpoint var/run --log var/log $(EXTRA)
+	$(RUN) evaluate --checkpoint var/run --log var/log --out var/evaluation.json $(EXTRA)
 
 export: $(VENV)/.setup ## 3. write the bundle of ONNX towers (var/bundle)
 	$(RUN) export --run var/run --out var/bundle

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -202,9 +202,12 @@ def evaluate(
     size: Annotated[int, typer.Option(min=2, help="Items of a list; impressions stay, however many.")] = 200,
     k: Annotated[list[int] | None, typer.Option("--k", min=1, help="Cut-offs of Recall and NDCG; repeat it.")] = None,
     random_only: Annotated[bool, typer.Option("--random-only", help="Lists of impressions and random items.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="JSON file for the report.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="JSON file for the report.")] = Path("evaluation.json"),
 ) -> None:
-    """Measure a checkpoint or a bundle on held-out lists, beside popularity and random on the same ones."""
+    """Measure a checkpoint or a bundle on held-out lists, beside popularity and random on the same ones.
+
+    Prints and writes Recall@K, NDCG@K and GAUC with 95 % intervals from a bootstrap over users.
+    """
     with mending():
         from model.datasets.log import SPLITS, read_log
         from model.evaluate import evaluate_bundle, evaluate_checkpoint
@@ -215,22 +218,39 @@ def evaluate(
             raise TrainError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
         measure, folder = (evaluate_checkpoint, checkpoint) if checkpoint else (evaluate_bundle, bundle)
         assert folder is not None
-        options = {
-            "split": SPLITS.index(split),
-            "size": size,
-            "random_only": random_only,
-            "ks": k or CUTS,
-        }
+        ks = k or CUTS
         with busy("scoring the held-out lists"):
-            report = measure(folder, read_log(log), **options)
-        if out is not None:
-            from model.checkpoint import write_json
-
-            write_json(out, report)
+            read = read_log(log)
+            report = measure(folder, read, split=SPLITS.index(split), size=size, random_only=random_only, ks=ks)
         show_rows(report["rows"], report["lists"])
-        longest = report["lists"]["size"]
-        if longest > size:
-            typer.echo(f"--size {size} is below the longest list of logged rows: lists hold up to {longest} items")
+        show_remarks(report, ks, size)
+        write_report(out, report)
+
+
+def write_report(out: Path, report: Mapping[str, Any]) -> None:
+    """The report as JSON, its folder made where it is missing."""
+    from model.checkpoint import write_json
+
+    if out.is_dir():
+        raise TrainError(f"--out {out} is a folder: name a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, report)
+    typer.echo(f"{out}: the same as JSON")
+
+
+def show_remarks(report: Mapping[str, Any], ks: Sequence[int], size: int) -> None:
+    """What a reader of the numbers has to know of the log beside the model."""
+    new, dropped, longest = report["new"], report["dropped"], report["lists"]["size"]
+    typer.echo(f"new to the model: {new['users']:,} users and {new['items']:,} items of these lists")
+    if any(dropped.values()):
+        typer.echo(
+            f"dropped {dropped['unknown_user']:,} rows of users that are not in users.parquet and "
+            f"{dropped['unknown_item']:,} of items that are not in items.parquet"
+        )
+    if longest > size:
+        typer.echo(f"--size {size} is below the longest list of logged rows: lists hold up to {longest} items")
+    if max(ks) >= longest:
+        typer.echo(f"lists hold up to {longest} items: Recall@K says nothing from there on")
 
 
 @app.command()
@@ -248,25 +268,28 @@ def export(
         typer.echo(f"{out}: bundle {bundle_id}, {size / 1e6:,.1f} MB")
 
 
-def show_rows(rows: Mapping[str, Mapping[str, Mapping[str, float]]], lists: Mapping[str, Any]) -> None:
-    """A table of metrics with their 95 % intervals, and what the lists were."""
+def show_rows(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], lists: Mapping[str, Any]) -> None:
+    """A table of metrics with their 95 % intervals, a column a model, and what the lists were."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    names = list(next(iter(rows.values())))
-    for column in ("", *names):
-        table.add_column(column, justify="left" if not column else "right")
-    for row, metrics in rows.items():
-        cells = [f"{metrics[n]['mean']:.4f} [{metrics[n]['low']:.4f}, {metrics[n]['high']:.4f}]" for n in names]
-        table.add_row(row, *cells)
-    console = Console(width=max(100, 26 * (len(names) + 1)))
+    for column in ("", *rows):
+        table.add_column(column, justify="right" if column else "left")
+    for metric in next(iter(rows.values())):
+        table.add_row(metric, *(interval(row[metric]) for row in rows.values()))
+    console = Console(width=max(100, 26 * (len(rows) + 1)))
     console.print(table)
     console.print(
         f"{lists['lists']:,} lists {lists['digest'][:16]} of up to {lists['size']} items, {lists['users']:,} users; "
         f"{lists['left_out']:,} without a positive left out; 95 % intervals over users",
         highlight=False,
     )
+
+
+def interval(metric: Mapping[str, Any]) -> str:
+    """A mean with its ends; a dash where no list has anything to measure."""
+    return f"{metric['mean']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]" if metric["lists"] else "–"
 
 
 def epoch_lines() -> Progress:

@@ -13,13 +13,14 @@ from kernel.head import Scorer
 from model.bundle import open_bundle
 from model.datasets.log import IMPRESSION, SPLITS, TEST, Log
 from model.errors import DataError
-from model.features import HISTORY, FeatureSpec
+from model.features import HISTORY, UNKNOWN, FeatureSpec, IdType, Side, Tower
 from model.metrics import METRICS, Interval, bootstrap, group_auc, rank
-from model.requests import SplitRequests, encode_items, encode_users
+from model.requests import SplitRequests, encode_items, encode_users, plain
 from model.sampling import Lists, evaluation_lists, popularity
 
 SIZE = 200  # items of a held-out list
-KS = (10, 50)
+KS = (10, 50)  # of a training run; the command line has more
+DROPPED = ("unknown_user", "unknown_item")  # rows that no table could tell anything of
 Towers = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 Row = dict[str, Interval]
 
@@ -147,6 +148,22 @@ def check_fit(log: Log, spec: FeatureSpec) -> None:
                 f"{where}: {field.name!r} {found}, the model reads it as a {field.kind} {field.side} field: "
                 "declare it so in log.toml, or evaluate a model of this log"
             )
+        if field.kind != "numeric":
+            check_values(log, field.name, field.side, spec.owner(field).values)
+
+
+def check_values(log: Log, name: str, side: Side, expected: IdType) -> None:
+    """Raise DataError where a column holds text and the model was trained on integers, or the other way round."""
+    column = {"user": log.users.columns, "item": log.items.columns, "context": log.context}[side][name]
+    values = (value for entry in column for value in (entry if isinstance(entry, np.ndarray) else (entry,)))
+    first = next((value for value in values if value is not None and value == value), None)
+    found = "string" if isinstance(first, str) else "int"
+    if first is not None and found != expected:
+        kinds = {"string": "text", "int": "integers"}
+        raise DataError(
+            f"log {log.schema.name}: {side} field {name!r} holds {kinds[found]}, such as {plain(first)!r}, "
+            f"the model was trained on {kinds[expected]}: write the column as it was then"
+        )
 
 
 def report(
@@ -166,9 +183,30 @@ def report(
     held = held_out(log, split, size=size, seed=seed, random_only=random_only)
     rows = {name: measure(scorer(held), held, ks)}
     rows |= {row: measure(scores, held, ks) for row, scores in baselines(log, held).items()}
-    return {"log": log.schema.name, "split": SPLITS[split], "lists": held.describe(), "rows": rows_to_json(rows)}
+    return {
+        "log": log.schema.name,
+        "split": SPLITS[split],
+        "lists": held.describe(),
+        "new": new_to(spec, log, held),
+        "dropped": {name: log.report[name] for name in DROPPED},
+        "rows": rows_to_json(rows),
+    }
 
 
-def rows_to_json(rows: dict[str, Row]) -> dict[str, dict[str, dict[str, float | int]]]:
+def new_to(spec: FeatureSpec, log: Log, held: HeldOut) -> dict[str, int]:
+    """Users and items of the lists that the model was not trained on; of a side whose id it does not read, none."""
+    asked: tuple[tuple[Tower, str, str, np.ndarray], ...] = (
+        ("user", "users", spec.user_id_name, log.users.ids[np.unique(held.requests.user)]),
+        ("item", "items", spec.item_id_name, log.items.ids[np.unique(held.lists.item[held.lists.mask])]),
+    )
+    found = {}
+    for tower, name, column, ids in asked:
+        place = spec.columns(tower).get(column)
+        encoded = spec.encode(tower, {column: ids}, len(ids))
+        found[name] = 0 if place is None else int((encoded[:, place] == UNKNOWN).sum())
+    return found
+
+
+def rows_to_json(rows: dict[str, Row]) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """Intervals as numbers."""
     return {name: {metric: value.to_json() for metric, value in row.items()} for name, row in rows.items()}

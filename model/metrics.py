@@ -27,13 +27,9 @@ class Interval:
     lists: int  # measured
     left_out: int  # without anything to measure
 
-    def to_json(self) -> dict[str, float | int]:
-        """The interval as plain numbers; NaN (nothing measured) is refused by JSON, so it becomes 0 lists, 0.0."""
-        return (
-            asdict(self)
-            if self.lists
-            else asdict(Interval(mean=0.0, low=0.0, high=0.0, lists=0, left_out=self.left_out))
-        )
+    def to_json(self) -> dict[str, float | int | None]:
+        """The interval as plain numbers, null where nothing was measured: JSON has no NaN."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from model.datasets.log import IMPRESSION, TEST, TRAIN, VALID, Log, read_log
@@ -156,6 +161,141 @@ def test_a_log_without_history_and_with_more_fields_fits(log: Log) -> None:
     check_fit(log, fit_log_spec(replace(log, schema=replace(log.schema, fields=fewer))))
     check_fit(replace(log, schema=replace(log.schema, fields=tuple(f for f in known if f.name != "user_id"))),
               fit_log_spec(log))  # fmt: skip
+
+
+Tables = dict[str, pa.Table]
+
+
+def put(tables: Tables, name: str, **columns: pa.Array) -> None:
+    """Replace columns of a table."""
+    for column, values in columns.items():
+        tables[name] = tables[name].drop_columns(column).append_column(column, values)
+
+
+def nothing_known_of_items(tables: Tables, document: str) -> str:
+    put(tables, "items", **{name: pa.nulls(len(tables["items"])) for name in ("category", "tags", "price")})
+    return document
+
+
+def ids_never_seen(tables: Tables, document: str) -> str:
+    for side in ("user", "item"):
+        for name in (f"{side}s", "events"):
+            put(tables, name, **{f"{side}_id": pc.add(tables[name][f"{side}_id"], 1_000_000)})
+    return document
+
+
+def users_that_users_lacks(tables: Tables, document: str) -> str:
+    tables["users"] = tables["users"].slice(0, 25)
+    return document
+
+
+def a_context_value_never_seen(tables: Tables, document: str) -> str:
+    put(tables, "events", device=pa.array(["fridge"] * len(tables["events"])))
+    return document
+
+
+def other_rungs(tables: Tables, document: str) -> str:
+    tables["events"] = tables["events"].rename_columns({"click": "seen", "cart": "kept"}).drop_columns(["buy"])
+    return document.replace('"click", "cart", "buy"', '"seen", "kept"').replace(
+        "click + 3*cart + 10*buy", "seen + kept"
+    )
+
+
+def other_types(tables: Tables, document: str) -> str:
+    put(
+        tables,
+        "items",
+        price=tables["items"]["price"].cast(pa.float32()),
+        category=tables["items"]["category"].cast("int8"),
+    )
+    put(tables, "users", age=pc.round(tables["users"]["age"]).cast("int16"))
+    put(tables, "users", segment=tables["users"]["segment"].dictionary_encode())
+    put(
+        tables, "events", hour=tables["events"]["hour"].cast("uint8"), user_id=tables["events"]["user_id"].cast("int32")
+    )
+    put(tables, "events", click=tables["events"]["click"].cast("bool"), cart=tables["events"]["cart"].cast("float64"))
+    put(tables, "events", time=tables["events"]["time"].cast(pa.timestamp("ms")))
+    return document
+
+
+def nothing_left_out(tables: Tables, document: str) -> str:
+    tables["events"] = tables["events"].filter(pc.equal(tables["events"]["click"], 1))
+    return document
+
+
+def text_for_numbers(tables: Tables, document: str) -> str:
+    put(tables, "items", category=tables["items"]["category"].cast("string"))
+    return document
+
+
+def numbers_for_text(tables: Tables, document: str) -> str:
+    put(tables, "events", device=pa.array([7] * len(tables["events"])))
+    return document
+
+
+def numbers_in_lists(tables: Tables, document: str) -> str:
+    put(tables, "items", tags=pa.array([[], [3], *([[4, 5]] * (len(tables["items"]) - 2))]))
+    return document
+
+
+def no_test(tables: Tables, document: str) -> str:
+    return document.replace("valid = 0.15\ntest = 0.15", "valid_from = 2024-01-05\ntest_from = 2030-01-01")
+
+
+Change = Callable[[Tables, str], str]
+
+
+def changed_log(folder: Path, change: Change, **options: bool) -> Path:
+    write_tiny_log(folder, users=50, items=70, seed=3, **options)
+    tables = {name: pq.read_table(folder / f"{name}.parquet") for name in ("users", "items", "events")}
+    document = change(tables, (folder / "log.toml").read_text())
+    for name, table in tables.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    (folder / "log.toml").write_text(document)
+    return folder
+
+
+@pytest.mark.parametrize("change", [nothing_known_of_items, ids_never_seen, users_that_users_lacks, other_rungs,
+                                    a_context_value_never_seen, other_types, nothing_left_out])  # fmt: skip
+@pytest.mark.parametrize("stages", [False, True])
+def test_odd_logs_are_measured(run: Path, tmp_path: Path, change: Change, stages: bool) -> None:
+    log = read_log(changed_log(tmp_path, change, stages=stages))
+    report = evaluate_checkpoint(run, log, ks=(5, 10))
+    assert report["lists"]["lists"] > 0
+    found = report["rows"]["ranktower"]
+    assert 0 <= found["recall@5"]["low"] <= found["recall@5"]["mean"] <= found["recall@5"]["high"] <= 1
+    assert 0 <= found["ndcg@10"]["mean"] <= 1
+    assert (found["gauc"]["mean"] is None) == (change is nothing_left_out)
+    assert (report["dropped"]["unknown_user"] > 0) == (change is users_that_users_lacks)
+    assert (report["new"]["users"] > 0) == (change is ids_never_seen)
+    json.dumps(report, allow_nan=False)
+
+
+def test_what_is_new_to_the_model_is_counted(run: Path, tmp_path: Path) -> None:
+    log = read_log(changed_log(tmp_path, ids_never_seen))
+    held = held_out(log)
+    new = evaluate_checkpoint(run, log)["new"]
+    assert new == {
+        "users": len(np.unique(held.requests.user)),
+        "items": len(np.unique(held.lists.item[held.lists.mask])),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            text_for_numbers,
+            "item field 'category' holds text, such as '[0-3]', the model was trained on integers: write",
+        ),
+        (numbers_for_text, "context field 'device' holds integers, such as 7, the model was trained on text: write"),
+        (numbers_in_lists, "item field 'tags' holds integers, such as 3, the model was trained on text: write"),
+        (no_test, r"log.toml: \[split\]: no event falls into test .*: change valid_from and test_from"),
+    ],
+)
+def test_logs_that_cannot_be_measured_are_refused(run: Path, tmp_path: Path, change: Change, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        evaluate_checkpoint(run, read_log(changed_log(tmp_path, change)))
 
 
 def test_a_split_without_a_positive_is_refused(log: Log) -> None:

@@ -167,7 +167,7 @@ def test_paired_bootstrap_sees_a_small_steady_lift() -> None:
 def test_nothing_measured_is_no_number_but_valid_json() -> None:
     interval = interval_of(np.array([np.nan, np.nan]), np.array([0, 1]))
     assert math.isnan(interval.mean)
-    assert interval.to_json() == {"mean": 0.0, "low": 0.0, "high": 0.0, "lists": 0, "left_out": 2}
+    assert interval.to_json() == {"mean": None, "low": None, "high": None, "lists": 0, "left_out": 2}
 
 
 def test_calibration_recovers_the_line_that_made_the_labels() -> None:

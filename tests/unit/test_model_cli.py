@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from model.cli import LOSS_NAMES, NETWORK_NAMES, app, progress_bars, with_settings
+from model.cli import LOSS_NAMES, NETWORK_NAMES, app, interval, progress_bars, with_settings
 from model.errors import TrainError
 from model.losses import LOSSES
 from model.networks import NETWORKS
@@ -79,15 +80,65 @@ def test_off_a_terminal_an_epoch_is_one_line(capsys: pytest.CaptureFixture[str])
     assert [line.partition(" in ")[0] for line in lines] == ["epoch 1: 1,200 steps", "epoch 2: 1,200 steps"]
 
 
-def test_a_size_below_the_logged_lists_is_said(tmp_path: Path) -> None:
-    log = write_tiny_log(tmp_path / "log", users=20, items=30)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a log and a run on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    log = write_tiny_log(folder / "log", users=20, items=30)
     small = [f"--set={setting}" for setting in ("dim=8", "hidden=8", "user_heads=1", "item_heads=1", "teacher=false")]
-    trained = ranktower("train", "--log", log, "--out", tmp_path / "run", "--epochs", 1, "--loss", "softmax", *small)
-    assert trained.exit_code == 0, trained.output
-    assert trained.stderr.count("epoch 1: ") == 1
-    asked = ("evaluate", "--log", log, "--checkpoint", tmp_path / "run", "--size")
+    said = ranktower("train", "--log", log, "--out", folder / "run", "--epochs", 1, "--loss", "softmax", *small)
+    assert said.exit_code == 0, said.output
+    assert said.stderr.count("epoch 1: ") == 1
+    return folder
+
+
+def test_a_size_below_the_logged_lists_is_said(trained: Path, tmp_path: Path) -> None:
+    asked = (
+        "evaluate",
+        "--log",
+        trained / "log",
+        "--checkpoint",
+        trained / "run",
+        "--out",
+        tmp_path / "out.json",
+        "--size",
+    )
     assert "--size 4 is below the longest list of logged rows: lists hold up to 8 items" in ranktower(*asked, 4).stdout
     assert "is below" not in ranktower(*asked, 20).stdout
+
+
+def test_a_bundle_is_measured_at_five_cut_offs_printed_and_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ranktower("export", "--run", trained / "run", "--out", "bundle").exit_code == 0
+    said = ranktower("evaluate", "--bundle", "bundle", "--log", trained / "log")
+    assert said.exit_code == 0, said.output
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    names = [f"{name}@{k}" for k in (5, 10, 20, 50, 100) for name in ("recall", "ndcg")] + ["gauc"]
+    assert list(report["rows"]) == ["ranktower", "popularity", "random"]
+    for row in report["rows"].values():
+        assert list(row) == names
+        assert all(found["low"] <= found["mean"] <= found["high"] for found in row.values())
+    found = report["rows"]["ranktower"]["ndcg@10"]
+    assert f"ndcg@10     {found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]" in said.stdout
+    assert "new to the model: 0 users and 0 items" in said.stdout
+    assert f"lists hold up to {report['lists']['size']} items: Recall@K says nothing from there on" in said.stdout
+    assert said.stdout.endswith("evaluation.json: the same as JSON\n")
+
+
+def test_where_a_report_goes_can_be_said(trained: Path, tmp_path: Path) -> None:
+    asked = ("evaluate", "--log", trained / "log", "--checkpoint", trained / "run", "--k", 3, "--out")
+    assert ranktower(*asked, tmp_path / "new" / "r.json").exit_code == 0
+    assert "recall@3" in json.loads((tmp_path / "new" / "r.json").read_text())["rows"]["ranktower"]
+    refused = ranktower(*asked, tmp_path / "new")
+    assert refused.exit_code == 2
+    assert "new is a folder: name a file" in refused.stderr
+
+
+def test_what_nothing_was_measured_of_is_a_dash() -> None:
+    assert interval({"mean": None, "low": None, "high": None, "lists": 0}) == "–"
+    assert interval({"mean": 0.5, "low": 0.25, "high": 0.75, "lists": 3}) == "0.5000 [0.2500, 0.7500]"
 
 
 @pytest.mark.parametrize(

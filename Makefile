@@ -8,6 +8,7 @@ EXTRA  ?=
 SIZE   ?= full
 BUDGET ?= full
 FROM   ?=
+OUT    ?=
 JOBS   ?= $(shell nproc 2>/dev/null || echo 1)
 
 KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids)
@@ -99,7 +100,7 @@ bench-plots: $(VENV)/.setup-dev ## write the tables and plots of docs/performanc
 	$(BIN)/python -m benchmarks.plots --size $(SIZE) $(EXTRA)
 
 # A table takes all data sets of its recipe unless DATA says which; their files lie in folders of FROM. JOBS processes
-# share the trainings, one a core: two with a thread each are 1.5 times as fast as one with two.
+# share the trainings, one a core, with a thread each.
 TABLE_DATA := $(if $(filter file,$(origin DATA)),,--data $(DATA))
 define table
 $(BIN)/python -m experiments.run $(1) --budget $(BUDGET) $(TABLE_DATA) $(if $(FROM),--from $(FROM)) --jobs $(JOBS) $(EXTRA)
@@ -127,8 +128,8 @@ table-cost: $(VENV)/.setup ## parameters, bytes, arithmetic and time beside qual
 table-context: $(VENV)/.setup ## training rows that lack scenario and hour
 	$(call table,context)
 
-tables: $(VENV)/.setup ## write TABLES.md and its plots from what was run so far
-	$(BIN)/python -m experiments.report --budget $(BUDGET) $(TABLE_DATA) $(EXTRA)
+tables: $(VENV)/.setup ## write TABLES.md and its plots from what was run so far; OUT=docs/tables to keep them
+	$(BIN)/python -m experiments.report --budget $(BUDGET) $(TABLE_DATA) $(if $(OUT),--report $(OUT)) $(EXTRA)
 
 test: $(VENV)/.setup-dev ## every test
 	$(BIN)/python -m pytest -n auto --dist worksteal $(EXTRA)

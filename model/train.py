@@ -33,6 +33,7 @@ from model.checkpoint import (
 )
 from model.datasets.log import IMPRESSION, TEST, VALID, Log
 from model.datasets.schema import Schema
+from model.distributed import ALONE, Processes
 from model.errors import DivergedError, TrainError
 from model.evaluate import HeldOut, Row, baselines, held_out, measure, rows_to_json
 from model.features import UNKNOWN, FeatureSpec
@@ -140,13 +141,15 @@ def train(
     progress: Progress | None = None,
     teacher: Teacher | None = None,
     test: bool = True,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Train by a recipe into the folder `out`; returns what metrics.json holds.
 
     Stops early on validation NDCG@10. With `resume`, goes on from the last whole epoch in `out`, bit for bit as if it
     had never stopped. `teacher`: one fitted before on this log, to share among runs. Without `test` no test list is
-    made, so that the log may lack those events. Raises TrainError when `out` holds something else or the recipe does
-    not fit, DivergedError when the loss is no longer finite.
+    made, so that the log may lack those events. Of several `processes` (model/distributed.py), all with the same log
+    and `out`, the first alone validates and writes; all return the same. Raises TrainError when `out` holds something
+    else or the recipe does not fit, DivergedError when the loss is no longer finite.
     """
     say = progress or (lambda what, done, total: None)
     _check(recipe)
@@ -154,18 +157,25 @@ def train(
         check_run(out)
     spec = fit_log_spec(log)
     learner = _set_up(recipe, spec, log.schema)
-    done = _resumed(out, recipe, spec, learner) if resume else FRESH
+    done = _resumed(out, recipe, spec, learner, processes) if resume else FRESH
+    processes.agree({**_config(recipe, spec, learner.network), "events": len(log.grade), "epoch": done["epoch"]})
     if teacher is None or not recipe.teacher:
-        teacher = _teacher(log, spec, recipe, out, resume, say)
+        teacher = _teacher(log, spec, recipe, out, resume, say) if processes.lead else None
+        teacher = _shared(teacher, log, processes)
     material = _material(log, spec, teacher, recipe, say)
     while done["epoch"] < recipe.epochs and done["epoch"] - done["best_epoch"] < recipe.patience:
-        line = _epoch(learner, material, recipe, done["epoch"] + 1, say)
-        if done is FRESH:  # an earlier run in the folder stays until this one has something to put in its place
-            _start(out, recipe, spec, learner, teacher)
-        done = _keep(out, learner, recipe, spec, done, line)
-        logger.info("%s", line)
-    load_weights(learner.best, out / "weights.safetensors")
-    return _finish(log, out, learner.best, material, teacher, done, say, test)
+        line = _epoch(learner, material, recipe, done["epoch"] + 1, say, processes)
+        if processes.lead:
+            if done is FRESH:  # an earlier run in the folder stays until this one has something to put in its place
+                _start(out, recipe, spec, learner, teacher)
+            done = _keep(out, learner, recipe, spec, done, line)
+            logger.info("%s", line)
+        done = processes.told(done)
+    metrics: dict[str, Any] = {}
+    if processes.lead:
+        load_weights(learner.best, out / "weights.safetensors")
+        metrics = _finish(log, out, learner.best, material, teacher, done, say, test)
+    return cast(dict[str, Any], processes.told(metrics))
 
 
 # --- set-up ---------------------------------------------------------------------------------------------
@@ -226,7 +236,7 @@ def _start(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, teach
         write_tensors(out / "teacher.safetensors", {"soft": torch.from_numpy(teacher.soft), "auc": quality}, {})
 
 
-def _resumed(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner) -> dict[str, Any]:
+def _resumed(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, processes: Processes) -> dict[str, Any]:
     """Put the last whole epoch of the folder into the learner; returns the progress so far."""
     now = _config(recipe, spec, learner.network)
     before = read_json(out / "config.json")
@@ -234,7 +244,8 @@ def _resumed(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner) -> 
         if before.get(key) != now[key]:
             raise TrainError(f"{out} was trained with {key} {before.get(key)}, this run asks {now[key]}: give the same")
     progress = load_state(out, learner.modules, learner.optimizer)
-    _cut_lines(out / "epochs.jsonl", progress["epoch"])
+    if processes.lead:
+        _cut_lines(out / "epochs.jsonl", progress["epoch"])
     return progress
 
 
@@ -268,6 +279,15 @@ def _teacher(log: Log, spec: FeatureSpec, recipe: Recipe, out: Path, resume: boo
     teacher = fit_teacher(log, spec, seed=recipe.seed, progress=forward)
     say("teacher", stages, stages)
     return teacher
+
+
+def _shared(teacher: Teacher | None, log: Log, processes: Processes) -> Teacher | None:
+    """Process 0's teacher on every process."""
+    about = processes.told(None if teacher is None else {"auc": teacher.auc, "logged": teacher.logged})
+    if about is None:
+        return None
+    soft = np.empty(len(log.grade), dtype=np.float32) if teacher is None else teacher.soft
+    return Teacher(soft=processes.filled(soft), **about)
 
 
 def _material(log: Log, spec: FeatureSpec, teacher: Teacher | None, recipe: Recipe, say: Progress) -> Material:
@@ -312,10 +332,15 @@ def _sampled(held: HeldOut, most: int) -> HeldOut:
 # --- the loop -------------------------------------------------------------------------------------------
 
 
-def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say: Progress) -> dict[str, Any]:
-    """One epoch and its validation; everything random in it depends on (seed, epoch) alone."""
+def _epoch(
+    learner: Learner, material: Material, recipe: Recipe, epoch: int, say: Progress, processes: Processes
+) -> dict[str, Any]:
+    """One epoch and, by the first process, its validation; everything random in it depends on (seed, epoch) alone.
+
+    All processes draw the same lists and unknown ids, each masks (dropout) its own units.
+    """
     began = time.perf_counter()
-    torch.manual_seed(recipe.seed * 100_003 + epoch)
+    torch.manual_seed(recipe.seed * 100_003 + epoch + (processes.rank << 48))
     rng = np.random.default_rng([recipe.seed, epoch])
     sampler = make_sampler(recipe)
     learner.network.train()
@@ -324,16 +349,16 @@ def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say
     for step, rows in enumerate(steps):
         say(f"epoch {epoch}", step, len(steps))
         drawn = sampler.draw(material.data, rows, rng)
-        scores, labels, batch = _forward(learner.network, material, recipe, rows, drawn, rng)
-        mask = batch.mask
+        scores, labels, mask, batch = _forward(learner.network, material, recipe, rows, drawn, rng, processes)
         loss = learner.loss(scores, labels, mask)
         own = learner.network.regulariser(batch)
         if own is not None:
+            own = processes.averaged(own, len(rows))
             loss = loss + own
-        _step(learner, loss, recipe.clip)
+        _step(learner, loss, recipe.clip, len(rows), processes)
         total, lists, entries = total + float(loss.detach()) * len(rows), lists + len(rows), entries + int(mask.sum())
     seconds = time.perf_counter() - began
-    valid = _validate(learner.best, material)
+    valid = _validate(learner.best, material) if processes.lead else {}
     say(f"epoch {epoch}", len(steps), len(steps))
     return {
         "epoch": epoch,
@@ -358,26 +383,37 @@ def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[n
 
 
 def _forward(
-    network: Network, material: Material, recipe: Recipe, rows: np.ndarray, drawn: Lists, rng: np.random.Generator
-) -> tuple[Tensor, Labels, Batch]:
-    """Scores (b, n), labels and vectors of the lists drawn; the item tower runs once per distinct item."""
+    network: Network,
+    material: Material,
+    recipe: Recipe,
+    rows: np.ndarray,
+    drawn: Lists,
+    rng: np.random.Generator,
+    processes: Processes,
+) -> tuple[Tensor, Labels, Tensor, Batch]:
+    """Scores, labels, mask (b, n) of the lists drawn, vectors of this process's share; a tower meets an item once."""
     device = recipe.device
     distinct, place = np.unique(drawn.item, return_inverse=True)
     user_rows = _with_unknowns(material.users[rows], material.user_id, recipe.unknown_users, rng)
     item_rows = _with_unknowns(material.items[distinct], material.item_id, recipe.unknown_items, rng)
+    place, share = place.reshape(drawn.item.shape), processes.share(len(rows))
+    if processes.world > 1:
+        kept, place = np.unique(place[share], return_inverse=True)
+        user_rows, item_rows, place = user_rows[share], item_rows[kept], place.reshape(len(share), -1)
     users, items = torch.from_numpy(user_rows).to(device), torch.from_numpy(item_rows).to(device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         user, item = network.user(users), network.item(items)
-    chosen = torch.from_numpy(place.reshape(drawn.item.shape)).to(device)
-    scores = network.score(user, functional.embedding(chosen, item))
+    chosen = torch.from_numpy(place).to(device)
+    scores = processes.gathered(network.score(user, functional.embedding(chosen, item)), len(rows))
     labels = Labels(
         grade=torch.from_numpy(drawn.grade.astype(np.float32)).to(device),
         soft=torch.from_numpy(drawn.soft).to(device),
         impression=torch.from_numpy(drawn.stage == IMPRESSION).to(device),
     )
     mask = torch.from_numpy(drawn.mask).to(device)
+    own = torch.from_numpy(share).to(device)
     positive = (labels.grade > 0) & mask
-    return scores, labels, Batch(users, items, user, item, chosen, positive, mask)
+    return scores, labels, mask, Batch(users, items, user, item, chosen, positive[own], mask[own])
 
 
 def _with_unknowns(rows: np.ndarray, column: slice | None, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -389,11 +425,12 @@ def _with_unknowns(rows: np.ndarray, column: slice | None, share: float, rng: np
     return changed
 
 
-def _step(learner: Learner, loss: Tensor, clip: float) -> None:
+def _step(learner: Learner, loss: Tensor, clip: float, lists: int, processes: Processes) -> None:
     if not torch.isfinite(loss):
         raise DivergedError(f"the loss became {float(loss.detach())}: lower the learning rate")
     learner.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    processes.add_gradients(learner.network, learner.loss, lists)
     nn.utils.clip_grad_norm_(learner.network.parameters(), clip)
     learner.optimizer.step()
     learner.average.update_parameters(learner.network)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel.head import ITEM_PARTS, USER_PARTS, HeadKind, HeadSpec
+from kernel.record import MAX_DIM, MAX_ITEM_HEADS, MAX_USER_HEADS
 from model.errors import SpecError
 from model.features import FeatureSpec, Field
 from model.features import Tower as TowerName
@@ -31,6 +32,9 @@ from model.layers import (
 )
 from model.regularisers import Batch, category_alignment, contrast, mimic
 
+SERVED = {"user_heads": MAX_USER_HEADS, "item_heads": MAX_ITEM_HEADS, "dim": MAX_DIM}  # the most that a kernel scores
+CATEGORY_ITEMS = 10  # by default, a category that DAT aligns holds so many items on average
+
 
 class Network(nn.Module):
     """What all networks have: records of one shape, and a score that `kernel` computes in the same way online.
@@ -45,6 +49,10 @@ class Network(nn.Module):
         super().__init__()
         for option, value in (("user_heads", user_heads), ("item_heads", item_heads), ("dim", dim)):
             _check_count(option, value)
+            if kind != "onnx" and value > SERVED[option]:
+                raise SpecError(
+                    f"{option} of this network come to {value}, and at most {SERVED[option]} can be served: give fewer"
+                )
         self.kind = kind
         self.user_shape = (USER_PARTS[kind], user_heads, dim)
         self.item_shape = (ITEM_PARTS[kind], item_heads, dim)
@@ -249,8 +257,9 @@ class DAT(Network):
     reverse, and p stands still in it; item vectors of different categories are drawn to one covariance. Published are
     the two towers with unit vectors and both terms with their weights. Ours: the scale and the item bias that TwoTower
     has (unit dots span [-1, 1], too little for a margin; `scaled` and `item_bias` turn them off), and the choice of
-    categories: the field `category`, by default the first categorical or multi-valued one of the item but its id; of
-    several values the first counts.
+    categories: the field `category`, by default the first categorical or multi-valued one of the item whose values hold
+    ten items each on average, for few gather items in a batch otherwise; of several values the first counts. Without
+    such a field nothing is aligned.
     """
 
     def __init__(
@@ -325,15 +334,20 @@ class Augmented(nn.Module):
         return vectors
 
 
-def _category_column(spec: FeatureSpec, name: str | None) -> int:
-    """The column of an item's category: of the field of that name, else of the first that can be one."""
-    known = [f.name for f in spec.item_fields if f.kind in ("categorical", "multi") and f.name != spec.item_id_name]
-    if name is None and not known:
-        raise SpecError("network option align needs a category, and items have no such field: give align 0")
-    if name is not None and name not in known:
-        raise SpecError(f"network option category is {name!r}: use one of {', '.join(known)}, or give align 0")
-    column: int = spec.columns("item")[name or known[0]].start
-    return column
+def _category_column(spec: FeatureSpec, name: str | None) -> int | None:
+    """The column of an item's category: of the field of that name, else of the first that is coarse enough, if any."""
+    fields = {f.name: f for f in spec.item_fields if f.kind in ("categorical", "multi") and f.name != spec.item_id_name}
+    if name is not None and name not in fields:
+        known = f"use one of {', '.join(fields)}" if fields else "items have no categorical or multi-valued field"
+        raise SpecError(f"network option category is {name!r}: {known}, or give align 0")
+    if name is None:
+        items = _values(spec, next(f for f in spec.item_fields if f.name == spec.item_id_name))
+        name = next((n for n, f in fields.items() if 2 <= _values(spec, f) <= items / CATEGORY_ITEMS), None)
+    return None if name is None else spec.columns("item")[name].start
+
+
+def _values(spec: FeatureSpec, field: Field) -> int:
+    return len(spec.owner(field).vocabulary)
 
 
 class IntTower(Network):
@@ -341,7 +355,7 @@ class IntTower(Network):
 
     The FE block maps each layer h_l of the user's tower to Hu vectors and the item's last layer to Hi vectors:
         s = sum_l sum_p max_q <u_lp, v_q>        raw dots
-    which is `maxsim` with layers x Hu user vectors (the kernel serves 32). CIR draws the last layers of a user and an
+    which is `maxsim` with layers x Hu user vectors (32 can be served). CIR draws the last layers of a user and an
     item that it took together: InfoNCE at `tau` among the batch's other positives. Published are the blocks, widths,
     raw dots and tau; ours are Hu, Hi and d, the layer norm of the inputs, CIR's weight, its rivals (so that it costs a
     pass of few items), and the item bias, off at first, for raw dots can tell popular items.

@@ -31,18 +31,18 @@ from model.checkpoint import (
     write_tensors,
     write_text,
 )
-from model.datasets.log import IMPRESSION, TEST, VALID, Log
-from model.datasets.schema import Schema
+from model.datasets.log import IMPRESSION, TEST, TRAIN, VALID, Log
 from model.distributed import ALONE, Processes
 from model.errors import DivergedError, TrainError
 from model.evaluate import HeldOut, Row, baselines, held_out, measure, rows_to_json
 from model.features import UNKNOWN, FeatureSpec
+from model.layers import Tables
 from model.losses import ARF, LOSSES, Hybrid, Labels
 from model.metrics import METRICS, Calibration, calibrate, expected_calibration_error, rank, sigmoid
 from model.networks import Network
 from model.regularisers import Batch
 from model.requests import encode_items, encode_users, fit_log_spec, request_body, user_features
-from model.sampling import SAMPLERS, Lists, Sampler, TrainingSet, training_set
+from model.sampling import SAMPLERS, Lists, Sampler, TrainingSet, item_factors, training_set
 from model.scoring import score_network
 from model.teacher import Teacher, fit_teacher
 
@@ -66,6 +66,8 @@ RANGES: dict[str, tuple[type, float, float]] = {  # of the recipe's numbers: kin
     "valid_lists": (int, 1, 10_000_000),
     "seed": (int, 0, 2**31 - 1),
 }
+ITEM_STARTS = ("factors", "random")
+FACTOR_STD = 0.2  # of a started table: above EMBEDDING_STD, so that what is known outweighs what is not
 FRESH: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0}  # the progress of a new run
 
 logger = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ class Recipe:
     patience: int = 4  # epochs without a better validation NDCG@10
     unknown_users: float = 0.2  # share of user ids made unknown in training, so that new users have a trained row
     unknown_items: float = 0.02
+    item_start: str = "factors"  # item ids start as factors of what was taken together in training, or "random"
     valid_lists: int = 1500  # lists scored after each epoch
     teacher: bool = True  # False: no soft labels, for losses that do not distil
     seed: int = 0
@@ -156,7 +159,7 @@ def train(
     if not resume:
         check_run(out)
     spec = fit_log_spec(log)
-    learner = _set_up(recipe, spec, log.schema)
+    learner = _set_up(recipe, spec, log)
     done = _resumed(out, recipe, spec, learner, processes) if resume else FRESH
     processes.agree({**_config(recipe, spec, learner.network), "events": len(log.grade), "epoch": done["epoch"]})
     if teacher is None or not recipe.teacher:
@@ -192,6 +195,8 @@ def _check(recipe: Recipe) -> None:
             what = "a whole number" if number is int else "a number"
             raise TrainError(f"{name} is {value!r}: it must be {what} from {least:g} to {most:g}")
     make_sampler(recipe)
+    if recipe.item_start not in ITEM_STARTS:
+        raise TrainError(f"item_start is {recipe.item_start!r}: use {' or '.join(ITEM_STARTS)}")
     if recipe.device not in ("cpu", "cuda"):
         raise TrainError(f"device is {recipe.device!r}: use cpu or cuda")
     if recipe.device == "cuda" and not torch.cuda.is_available():
@@ -206,12 +211,15 @@ def make_sampler(recipe: Recipe) -> Sampler:
         raise TrainError(f"sampler {recipe.sampler!r} does not take these options ({error})") from error
 
 
-def _set_up(recipe: Recipe, spec: FeatureSpec, schema: Schema) -> Learner:
+def _set_up(recipe: Recipe, spec: FeatureSpec, log: Log) -> Learner:
     """Seeded network and loss, and AdamW with the embedding tables in a group of their own, without decay."""
     torch.manual_seed(recipe.seed)
-    network = build_network(recipe.network, spec, recipe.options).to(recipe.device)
+    network = build_network(recipe.network, spec, recipe.options)
+    if recipe.item_start == "factors":
+        _start_items(network, spec, log)
+    network = network.to(recipe.device)
     try:
-        told = {"grades": len(schema.rungs), "soft_top": schema.soft_label.top}
+        told = {"grades": len(log.schema.rungs), "soft_top": log.schema.soft_label.top}
         loss = LOSSES[recipe.loss](**told, **recipe.loss_options).to(recipe.device)
     except (TypeError, ValueError) as error:
         raise TrainError(f"loss {recipe.loss!r} does not take these options ({error})") from error
@@ -224,6 +232,28 @@ def _set_up(recipe: Recipe, spec: FeatureSpec, schema: Schema) -> Learner:
     ]
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))  # type: ignore[no-untyped-call]
     return Learner(network=network, average=average, loss=loss, optimizer=torch.optim.AdamW(groups))
+
+
+def _start_items(network: Network, spec: FeatureSpec, log: Log) -> None:
+    """Put factors of the matrix of who took what in training into the table of item ids. Our own.
+
+    A step moves the rows of its own lists alone, and what this matrix knows of all takes a network many epochs to find.
+    An item that nobody took keeps its random start; so does a table of single weights, where a factor means nothing.
+    """
+    columns = spec.columns("item").get(spec.item_id_name)
+    tables = next(module for module in network.modules() if isinstance(module, Tables))
+    if columns is None or tables.dim == 1:
+        return
+    field = next(field for field in spec.item_fields if field.name == spec.item_id_name)
+    weight = tables[tables.owners.index(spec.table_of(field))].weight
+    taken = (log.split == TRAIN) & (log.grade > 0)
+    factors = item_factors(log.user[taken], log.item[taken], len(log.items), dim=weight.shape[1])
+    rows = encode_items(spec, log)[:, columns.start]
+    known = factors.any(axis=1) & (rows != UNKNOWN)
+    if known.any():
+        factors *= FACTOR_STD / factors[known].std()
+    with torch.no_grad():
+        weight[torch.from_numpy(rows[known]).long()] = torch.from_numpy(factors[known])
 
 
 def _start(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, teacher: Teacher | None) -> None:

@@ -66,7 +66,7 @@ def stepped(log: Log, out: Path, processes: Processes) -> None:
 
 
 def descending(recipe: Recipe, spec: FeatureSpec, log: Log) -> Learner:
-    learner = _set_up(recipe, spec, log.schema)
+    learner = _set_up(recipe, spec, log)
     parameters = [*learner.network.parameters(), *learner.loss.parameters()]
     return replace(learner, optimizer=torch.optim.SGD(parameters, lr=0.05))
 

@@ -245,7 +245,7 @@ def _start_items(network: Network, spec: FeatureSpec, log: Log) -> None:
     if columns is None or tables.dim == 1:
         return
     field = next(field for field in spec.item_fields if field.name == spec.item_id_name)
-    weight = tables[tables.owners.index(spec.table_of(field))].weight
+    weight = cast(nn.Embedding, tables[tables.owners.index(spec.table_of(field))]).weight
     taken = (log.split == TRAIN) & (log.grade > 0)
     factors = item_factors(log.user[taken], log.item[taken], len(log.items), dim=weight.shape[1])
     rows = encode_items(spec, log)[:, columns.start]

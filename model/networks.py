@@ -27,6 +27,7 @@ from model.layers import (
     Tables,
     attended_similarity,
     dot_similarity,
+    start_alike,
     unit,
     wide,
 )
@@ -152,7 +153,10 @@ class LR(Network):
 
 
 class TwoTower(Network):
-    """Two towers and gamma * cos (Huang et al., CIKM 2013); its sigmoid is monotone and lives in the calibration."""
+    """Two towers and gamma * cos (Huang et al., CIKM 2013); its sigmoid is monotone and lives in the calibration.
+
+    `path` adds a linear map of the inputs to each tower, as RankTower has it: our own, and off.
+    """
 
     def __init__(
         self,
@@ -161,6 +165,7 @@ class TwoTower(Network):
         dim: int = 32,
         hidden: Sequence[int] = (128, 64),
         item_bias: bool = True,
+        path: bool = False,
         dropout: float = 0.2,
         field_dropout: float = 0.0,
     ) -> None:
@@ -171,13 +176,18 @@ class TwoTower(Network):
         self.user_mlp = _mlp(self.user_inputs.size, hidden, dim)
         self.item_mlp = _mlp(self.item_inputs.size, hidden, dim)
         self.bias = Bias(self.item_inputs.size) if item_bias else None
+        self.user_path = nn.Linear(self.user_inputs.size, dim, bias=False) if path else None
+        self.item_path = nn.Linear(self.item_inputs.size, dim, bias=False) if path else None
+        if self.user_path is not None and self.item_path is not None:
+            start_alike(self.user_inputs, self.item_inputs, (self.user_path, self.item_path))
 
     def user(self, x: Tensor) -> Tensor:
-        return unit(self.user_mlp(self.user_inputs(self.tables, x)))
+        x = self.user_inputs(self.tables, x)
+        return unit(self.user_mlp(x) if self.user_path is None else self.user_mlp(x) + self.user_path(x))
 
     def item(self, x: Tensor) -> Tensor:
         x = self.item_inputs(self.tables, x)
-        record = unit(self.item_mlp(x))
+        record = unit(self.item_mlp(x) if self.item_path is None else self.item_mlp(x) + self.item_path(x))
         return record if self.bias is None else torch.cat([record, self.bias(x)], dim=1)
 
 
@@ -210,6 +220,7 @@ class RankTower(Network):
         gate_hidden: int = 16,
         input_gate: InputGate = "units",
         output_gate: bool = True,
+        path: bool = True,
         cross_attention: bool = True,
         direction: Direction = "both",
         tied_values: bool = False,
@@ -232,10 +243,13 @@ class RankTower(Network):
                 gate_hidden=gate_hidden,
                 input_gate=input_gate,
                 output_gate=output_gate,
+                path=path,
             )
 
         self.user_heads = gated(self.user_inputs, user_heads)
         self.item_heads = gated(self.item_inputs, item_heads)
+        if self.user_heads.u is not None and self.item_heads.u is not None:
+            start_alike(self.user_inputs, self.item_inputs, (self.user_heads.u, self.item_heads.u))
         self.cross = GatedCrossAttention(dim, direction=direction, tied_values=tied_values) if cross_attention else None
         self.bias = Bias(self.item_inputs.size) if item_bias else None
 

@@ -10,7 +10,7 @@ SIZE   ?= full
 BUDGET ?= full
 FROM   ?=
 
-KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids)
+KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids training)
 
 VENV := .venv
 BIN  := $(VENV)/bin

@@ -9,6 +9,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kernel.head import ITEM_PARTS, USER_PARTS, HeadKind, HeadSpec
 from kernel.record import MAX_DIM, MAX_ITEM_HEADS, MAX_USER_HEADS
@@ -31,6 +32,7 @@ from model.layers import (
     unit,
     wide,
 )
+from model.native import best_similarity, takes
 from model.regularisers import Batch, category_alignment, contrast, mimic
 
 SERVED = {"user_heads": MAX_USER_HEADS, "item_heads": MAX_ITEM_HEADS, "dim": MAX_DIM}  # the most that a kernel scores
@@ -91,6 +93,18 @@ class Network(nn.Module):
                 similarity = dot_similarity(users[:, 0], *vectors)
             best = similarity.amax(dim=3).sum(dim=2) if self.similarity is None else self.similarity(similarity)
             return best + records[-1].squeeze(-1) if self.item_bias else best
+
+    def score_lists(self, user: Tensor, items: Tensor, chosen: Tensor) -> Tensor:
+        """`score` of the items (m, Ri) that each user's list names, chosen (b, n) int64 -> (b, n).
+
+        Native code does it where it can, and then no item's record is copied for each of its lists.
+        """
+        if not takes(self.kind, user, items):
+            return self.score(user, functional.embedding(chosen, items))
+        best, bias = best_similarity(self.head(), user, items, chosen)
+        if self.similarity is not None:
+            best = self.similarity.scale() * best
+        return best + bias if self.item_bias else best
 
     def regulariser(self, batch: Batch) -> Tensor | None:
         """A term of the network's own that training adds to the loss; None where it has none."""

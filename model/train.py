@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.checkpoint import (
@@ -434,7 +433,7 @@ def _forward(
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         user, item = network.user(users), network.item(items)
     chosen = torch.from_numpy(place).to(device)
-    scores = processes.gathered(network.score(user, functional.embedding(chosen, item)), len(rows))
+    scores = processes.gathered(network.score_lists(user, item, chosen), len(rows))
     labels = Labels(
         grade=torch.from_numpy(drawn.grade.astype(np.float32)).to(device),
         soft=torch.from_numpy(drawn.soft).to(device),

@@ -144,7 +144,7 @@ def _spread(pool: AttentionPooling, table: Tensor) -> float:
 
 
 class FusedHeads(nn.Module):
-    """`GatedHeads` with both gates. W1, V and U are one product; a unit that is always 1 carries the next one's bias."""
+    """`GatedHeads` with both gates. W1, V and U are one product; a unit that is always 1 holds the next one's bias."""
 
     def __init__(self, plain: GatedHeads) -> None:
         super().__init__()

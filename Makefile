@@ -5,13 +5,14 @@ DATA   ?= movielens
 STORE  ?= file://./var/releases
 PORT   ?= 8080
 EXTRA  ?=
+PROCESSES ?=
 SIZE   ?= full
 BUDGET ?= full
 FROM   ?=
 OUT    ?=
 JOBS   ?= $(shell nproc 2>/dev/null || echo 1)
 
-KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids)
+KERNEL_TESTS := $(patsubst %,tests/unit/test_%.py,engine record candidates items ids training)
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -47,7 +48,7 @@ data: $(VENV)/.setup ## 1. bring the logs into the documented form (var/log)
 	$(RUN) data $(DATA) --out var/log
 
 train: data ## 2. train RankTower on them (var/run)
-	$(RUN) train --log var/log --out var/run $(EXTRA)
+	$(if $(PROCESSES),$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) --) $(RUN) train --log var/log --out var/run $(EXTRA)
 
 evaluate: $(VENV)/.setup ## metrics of var/run on held-out lists, beside popularity and random
 	$(RUN) evaluate --checkpoint var/run --log var/log --out var/evaluation.json $(EXTRA)

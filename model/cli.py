@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,6 +108,7 @@ def train(
     """Train a network; write weights, metrics and sample requests."""
     with mending():
         from model.datasets.log import read_log
+        from model.distributed import opened
         from model.train import Recipe
         from model.train import train as fit
 
@@ -118,8 +119,10 @@ def train(
             setting or [],
         )
         logging.basicConfig(level=logging.WARNING)
-        with progress_bars() as progress:
-            metrics = fit(read_log(log), out, recipe, resume=resume, progress=progress)
+        with opened(recipe.device) as processes, progress_bars() if processes.lead else nullcontext() as progress:
+            metrics = fit(read_log(log), out, recipe, resume=resume, progress=progress, processes=processes)
+        if not processes.lead:
+            return
         teacher = metrics["teacher"]
         if teacher is not None:
             typer.echo("teacher AUC, out of fold: " + ", ".join(f"{k} {v:.4f}" for k, v in teacher["auc"].items()))

@@ -144,15 +144,18 @@ def _spread(pool: AttentionPooling, table: Tensor) -> float:
 
 
 class FusedHeads(nn.Module):
-    """`GatedHeads` with both gates. W1 and V are one product; a unit that is always 1 carries the bias of the next."""
+    """`GatedHeads` with both gates. W1, V and U are one product; a unit that is always 1 holds the next one's bias."""
 
     def __init__(self, plain: GatedHeads) -> None:
         super().__init__()
         w1, v = cast(nn.Linear, plain.w1), cast(nn.Linear, plain.v)
         heads, self.sizes = plain.heads, [w1.out_features // plain.heads + 1, v.out_features // plain.heads]
-        both = [_by_head(w1, heads), _one(heads, w1.in_features), _by_head(v, heads)]
-        self.looks = nn.Parameter(torch.cat([weight for weight, _ in both], dim=2))  # (H, D, gate + 1 + d)
-        self.bias = nn.Parameter(torch.cat([bias for _, bias in both], dim=2))  # (H, 1, gate + 1 + d)
+        looks = [_by_head(w1, heads), _one(heads, w1.in_features), _by_head(v, heads)]
+        if plain.u is not None:
+            looks.append(_by_head(plain.u, heads))
+            self.sizes.append(self.sizes[1])
+        self.looks = nn.Parameter(torch.cat([weight for weight, _ in looks], dim=2))  # (H, D, gate + 1 + d [+ d])
+        self.bias = nn.Parameter(torch.cat([bias for _, bias in looks], dim=2))  # (H, 1, gate + 1 + d [+ d])
         gate = _with_bias(plain.w2)  # (H, gate + 1, D or fields)
         self.gate = nn.Parameter(gate if plain.spread is None else gate[..., plain.spread])
         self.norm = copy.deepcopy(plain.norm)
@@ -165,15 +168,17 @@ class FusedHeads(nn.Module):
         self.second = nn.Parameter(_with_bias(plain.second))
 
     def forward(self, x: Tensor) -> Tensor:  # (b, D) -> (b, H, d)
-        inner, out = torch.split(x @ self.looks + self.bias, self.sizes, dim=2)  # (H, b, gate + 1), (H, b, d)
+        inner, out, *path = torch.split(x @ self.looks + self.bias, self.sizes, dim=2)  # (H, b, gate + 1), (H, b, d)
         h = self.norm(x) * (inner.relu() @ self.gate).sigmoid()  # (H, b, D)
         e: Tensor = self.first(h).relu() @ self.second * out.sigmoid()  # (H, b, d)
-        return e.transpose(0, 1)
+        return (e + path[0] if path else e).transpose(0, 1)
 
 
 def _by_head(linear: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
     """Weight (H, in, k) and bias (H, 1, k) of a map to H heads of k side by side."""
     weight = linear.weight.detach().view(heads, -1, linear.in_features).transpose(1, 2)
+    if linear.bias is None:
+        return weight, weight.new_zeros(heads, 1, weight.shape[2])
     return weight, linear.bias.detach().view(heads, 1, -1)
 
 

@@ -23,6 +23,7 @@ InputGate = Literal["units", "fields", "off"]
 
 EMBEDDING_STD = 0.1
 GATE_BIAS = -2.5  # a cross-attention gate starts at 0.08: the model starts as gated heads + maximum similarity
+PATH_GAIN = 3.0  # a linear path starts louder than the perceptron beside it
 FIRST_SPREAD = 10.0  # scores start within +-10, wide enough to pass a Rankmax margin of 1
 SCALE_RANGE = (0.05, 100.0)
 
@@ -174,8 +175,8 @@ class GatedHeads(nn.Module):
 
     Our own equations, per head p:
         g_p = 2 sigmoid(W2_p relu(W1_p x) + b_p)                  W2 = b = 0 at the start, so g = 1
-        E_p = MLP_p(LayerNorm(x) * g_p) * sigmoid(V_p x + c_p)
-    `input_gate` is one g per unit of x, one per field, or off; `output_gate` switches the sigmoid on E.
+        E_p = MLP_p(LayerNorm(x) * g_p) * sigmoid(V_p x + c_p) + U_p x
+    `input_gate` is one g per unit of x, one per field, or off; `output_gate` switches the sigmoid, `path` U_p x.
     """
 
     def __init__(
@@ -188,6 +189,7 @@ class GatedHeads(nn.Module):
         gate_hidden: int,
         input_gate: InputGate,
         output_gate: bool,
+        path: bool = False,
     ) -> None:
         super().__init__()
         choose("input_gate", input_gate, InputGate)
@@ -205,6 +207,7 @@ class GatedHeads(nn.Module):
         self.first = HeadLinear(heads, size, hidden)
         self.second = HeadLinear(heads, hidden, dim)
         self.v = nn.Linear(size, heads * dim) if output_gate else None
+        self.u = nn.Linear(size, heads * dim, bias=False) if path else None
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.norm(x)
@@ -216,10 +219,33 @@ class GatedHeads(nn.Module):
         e: Tensor = self.second(self.first(h).relu())  # (H, b, d)
         if self.v is not None:
             e = e * self._split(self.v(x)).sigmoid()
+        if self.u is not None:
+            e = e + self._split(self.u(x))
         return e.transpose(0, 1)
 
     def _split(self, x: Tensor) -> Tensor:  # (b, H * k) -> (H, b, k)
         return x.view(x.shape[0], self.heads, -1).transpose(0, 1)
+
+
+def start_alike(user: Inputs, item: Inputs, paths: tuple[nn.Linear, nn.Linear]) -> None:
+    """Let the linear paths of both sides start as one projection of what they read from one table. Our own.
+
+    paths: maps of the user's and the item's inputs. A field that reads no table of the other side starts at zero. With
+    as many units on both sides, and no fewer than an embedding's, the dot product of what they yield is that of the
+    embeddings, such as a history's and an item's: a perceptron takes long to find it.
+    """
+    spans = [torch.split(torch.arange(side.size), side.sizes) for side in (user, item)]
+    for path in paths:
+        nn.init.zeros_(path.weight)
+    shared = sorted(set(user.places) & set(item.places))
+    with torch.no_grad():
+        for place in shared:
+            size = next(size for size, other in zip(item.sizes, item.places, strict=True) if other == place)
+            most = max(path.out_features for path in paths)
+            block = nn.init.orthogonal_(torch.empty(most, size), gain=PATH_GAIN)
+            for side, path, span in zip((user, item), paths, spans, strict=True):
+                for units in (units for units, other in zip(span, side.places, strict=True) if other == place):
+                    path.weight[:, units] = block[: path.out_features]
 
 
 # --- gated cross-attention -------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kernel.head import ITEM_PARTS, USER_PARTS, HeadKind, HeadSpec
+from kernel.record import MAX_DIM, MAX_ITEM_HEADS, MAX_USER_HEADS
 from model.errors import SpecError
 from model.features import FeatureSpec, Field
 from model.features import Tower as TowerName
@@ -26,10 +28,15 @@ from model.layers import (
     Tables,
     attended_similarity,
     dot_similarity,
+    start_alike,
     unit,
     wide,
 )
+from model.native import best_similarity, takes
 from model.regularisers import Batch, category_alignment, contrast, mimic
+
+SERVED = {"user_heads": MAX_USER_HEADS, "item_heads": MAX_ITEM_HEADS, "dim": MAX_DIM}  # the most that a kernel scores
+CATEGORY_ITEMS = 10  # by default, a category that DAT aligns holds so many items on average
 
 
 class Network(nn.Module):
@@ -45,6 +52,10 @@ class Network(nn.Module):
         super().__init__()
         for option, value in (("user_heads", user_heads), ("item_heads", item_heads), ("dim", dim)):
             _check_count(option, value)
+            if kind != "onnx" and value > SERVED[option]:
+                raise SpecError(
+                    f"{option} of this network come to {value}, and at most {SERVED[option]} can be served: give fewer"
+                )
         self.kind = kind
         self.user_shape = (USER_PARTS[kind], user_heads, dim)
         self.item_shape = (ITEM_PARTS[kind], item_heads, dim)
@@ -82,6 +93,18 @@ class Network(nn.Module):
                 similarity = dot_similarity(users[:, 0], *vectors)
             best = similarity.amax(dim=3).sum(dim=2) if self.similarity is None else self.similarity(similarity)
             return best + records[-1].squeeze(-1) if self.item_bias else best
+
+    def score_lists(self, user: Tensor, items: Tensor, chosen: Tensor) -> Tensor:
+        """`score` of the items (m, Ri) that each user's list names, chosen (b, n) int64 -> (b, n).
+
+        Native code does it where it can, and then no item's record is copied for each of its lists.
+        """
+        if not takes(self.kind, user, items):
+            return self.score(user, functional.embedding(chosen, items))
+        best, bias = best_similarity(self.head(), user, items, chosen)
+        if self.similarity is not None:
+            best = self.similarity.scale() * best
+        return best + bias if self.item_bias else best
 
     def regulariser(self, batch: Batch) -> Tensor | None:
         """A term of the network's own that training adds to the loss; None where it has none."""
@@ -144,7 +167,10 @@ class LR(Network):
 
 
 class TwoTower(Network):
-    """Two towers and gamma * cos (Huang et al., CIKM 2013); its sigmoid is monotone and lives in the calibration."""
+    """Two towers and gamma * cos (Huang et al., CIKM 2013); its sigmoid is monotone and lives in the calibration.
+
+    `path` adds a linear map of the inputs to each tower, as RankTower has it: our own, and off.
+    """
 
     def __init__(
         self,
@@ -153,6 +179,7 @@ class TwoTower(Network):
         dim: int = 32,
         hidden: Sequence[int] = (128, 64),
         item_bias: bool = True,
+        path: bool = False,
         dropout: float = 0.2,
         field_dropout: float = 0.0,
     ) -> None:
@@ -163,13 +190,18 @@ class TwoTower(Network):
         self.user_mlp = _mlp(self.user_inputs.size, hidden, dim)
         self.item_mlp = _mlp(self.item_inputs.size, hidden, dim)
         self.bias = Bias(self.item_inputs.size) if item_bias else None
+        self.user_path = nn.Linear(self.user_inputs.size, dim, bias=False) if path else None
+        self.item_path = nn.Linear(self.item_inputs.size, dim, bias=False) if path else None
+        if self.user_path is not None and self.item_path is not None:
+            start_alike(self.user_inputs, self.item_inputs, (self.user_path, self.item_path))
 
     def user(self, x: Tensor) -> Tensor:
-        return unit(self.user_mlp(self.user_inputs(self.tables, x)))
+        x = self.user_inputs(self.tables, x)
+        return unit(self.user_mlp(x) if self.user_path is None else self.user_mlp(x) + self.user_path(x))
 
     def item(self, x: Tensor) -> Tensor:
         x = self.item_inputs(self.tables, x)
-        record = unit(self.item_mlp(x))
+        record = unit(self.item_mlp(x) if self.item_path is None else self.item_mlp(x) + self.item_path(x))
         return record if self.bias is None else torch.cat([record, self.bias(x)], dim=1)
 
 
@@ -202,6 +234,7 @@ class RankTower(Network):
         gate_hidden: int = 16,
         input_gate: InputGate = "units",
         output_gate: bool = True,
+        path: bool = True,
         cross_attention: bool = True,
         direction: Direction = "both",
         tied_values: bool = False,
@@ -224,10 +257,13 @@ class RankTower(Network):
                 gate_hidden=gate_hidden,
                 input_gate=input_gate,
                 output_gate=output_gate,
+                path=path,
             )
 
         self.user_heads = gated(self.user_inputs, user_heads)
         self.item_heads = gated(self.item_inputs, item_heads)
+        if self.user_heads.u is not None and self.item_heads.u is not None:
+            start_alike(self.user_inputs, self.item_inputs, (self.user_heads.u, self.item_heads.u))
         self.cross = GatedCrossAttention(dim, direction=direction, tied_values=tied_values) if cross_attention else None
         self.bias = Bias(self.item_inputs.size) if item_bias else None
 
@@ -249,8 +285,9 @@ class DAT(Network):
     reverse, and p stands still in it; item vectors of different categories are drawn to one covariance. Published are
     the two towers with unit vectors and both terms with their weights. Ours: the scale and the item bias that TwoTower
     has (unit dots span [-1, 1], too little for a margin; `scaled` and `item_bias` turn them off), and the choice of
-    categories: the field `category`, by default the first categorical or multi-valued one of the item but its id; of
-    several values the first counts.
+    categories: the field `category`, by default the first categorical or multi-valued one of the item whose values hold
+    ten items each on average, for few gather items in a batch otherwise; of several values the first counts. Without
+    such a field nothing is aligned.
     """
 
     def __init__(
@@ -325,15 +362,20 @@ class Augmented(nn.Module):
         return vectors
 
 
-def _category_column(spec: FeatureSpec, name: str | None) -> int:
-    """The column of an item's category: of the field of that name, else of the first that can be one."""
-    known = [f.name for f in spec.item_fields if f.kind in ("categorical", "multi") and f.name != spec.item_id_name]
-    if name is None and not known:
-        raise SpecError("network option align needs a category, and items have no such field: give align 0")
-    if name is not None and name not in known:
-        raise SpecError(f"network option category is {name!r}: use one of {', '.join(known)}, or give align 0")
-    column: int = spec.columns("item")[name or known[0]].start
-    return column
+def _category_column(spec: FeatureSpec, name: str | None) -> int | None:
+    """The column of an item's category: of the field of that name, else of the first that is coarse enough, if any."""
+    fields = {f.name: f for f in spec.item_fields if f.kind in ("categorical", "multi") and f.name != spec.item_id_name}
+    if name is not None and name not in fields:
+        known = f"use one of {', '.join(fields)}" if fields else "items have no categorical or multi-valued field"
+        raise SpecError(f"network option category is {name!r}: {known}, or give align 0")
+    if name is None:
+        items = _values(spec, next(f for f in spec.item_fields if f.name == spec.item_id_name))
+        name = next((n for n, f in fields.items() if 2 <= _values(spec, f) <= items / CATEGORY_ITEMS), None)
+    return None if name is None else spec.columns("item")[name].start
+
+
+def _values(spec: FeatureSpec, field: Field) -> int:
+    return len(spec.owner(field).vocabulary)
 
 
 class IntTower(Network):
@@ -341,7 +383,7 @@ class IntTower(Network):
 
     The FE block maps each layer h_l of the user's tower to Hu vectors and the item's last layer to Hi vectors:
         s = sum_l sum_p max_q <u_lp, v_q>        raw dots
-    which is `maxsim` with layers x Hu user vectors (the kernel serves 32). CIR draws the last layers of a user and an
+    which is `maxsim` with layers x Hu user vectors (32 can be served). CIR draws the last layers of a user and an
     item that it took together: InfoNCE at `tau` among the batch's other positives. Published are the blocks, widths,
     raw dots and tau; ours are Hu, Hi and d, the layer norm of the inputs, CIR's weight, its rivals (so that it costs a
     pass of few items), and the item bias, off at first, for raw dots can tell popular items.

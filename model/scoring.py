@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from model.networks import Network
 from model.sampling import Lists
@@ -42,7 +41,5 @@ def _score_chunks(network: Network, user: Tensor, item: Tensor, place: np.ndarra
     scores = np.empty(place.shape, dtype=np.float32)
     for at in range(0, len(place), step):
         chosen = torch.from_numpy(place[at : at + step]).to(user.device)
-        scores[at : at + step] = (
-            network.score(user[at : at + step], functional.embedding(chosen, item)).float().cpu().numpy()
-        )
+        scores[at : at + step] = network.score_lists(user[at : at + step], item, chosen).float().cpu().numpy()
     return scores

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.checkpoint import (
@@ -31,17 +30,18 @@ from model.checkpoint import (
     write_tensors,
     write_text,
 )
-from model.datasets.log import IMPRESSION, TEST, VALID, Log
-from model.datasets.schema import Schema
+from model.datasets.log import IMPRESSION, TEST, TRAIN, VALID, Log
+from model.distributed import ALONE, Processes
 from model.errors import DivergedError, TrainError
 from model.evaluate import HeldOut, Row, baselines, held_out, measure, rows_to_json
 from model.features import UNKNOWN, FeatureSpec
+from model.layers import Tables
 from model.losses import ARF, LOSSES, Hybrid, Labels
 from model.metrics import METRICS, Calibration, calibrate, expected_calibration_error, rank, sigmoid
 from model.networks import Network
 from model.regularisers import Batch
 from model.requests import encode_items, encode_users, fit_log_spec, request_body, user_features
-from model.sampling import SAMPLERS, Lists, Sampler, TrainingSet, training_set
+from model.sampling import SAMPLERS, Lists, Sampler, TrainingSet, item_factors, training_set
 from model.scoring import score_network
 from model.teacher import Teacher, fit_teacher
 
@@ -65,6 +65,8 @@ RANGES: dict[str, tuple[type, float, float]] = {  # of the recipe's numbers: kin
     "valid_lists": (int, 1, 10_000_000),
     "seed": (int, 0, 2**31 - 1),
 }
+ITEM_STARTS = ("factors", "random")
+FACTOR_STD = 0.2  # of a started table: above EMBEDDING_STD, so that what is known outweighs what is not
 FRESH: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0}  # the progress of a new run
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Recipe:
     patience: int = 4  # epochs without a better validation NDCG@10
     unknown_users: float = 0.2  # share of user ids made unknown in training, so that new users have a trained row
     unknown_items: float = 0.02
+    item_start: str = "factors"  # item ids start as factors of what was taken together in training, or "random"
     valid_lists: int = 1500  # lists scored after each epoch
     teacher: bool = True  # False: no soft labels, for losses that do not distil
     seed: int = 0
@@ -140,32 +143,41 @@ def train(
     progress: Progress | None = None,
     teacher: Teacher | None = None,
     test: bool = True,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Train by a recipe into the folder `out`; returns what metrics.json holds.
 
     Stops early on validation NDCG@10. With `resume`, goes on from the last whole epoch in `out`, bit for bit as if it
     had never stopped. `teacher`: one fitted before on this log, to share among runs. Without `test` no test list is
-    made, so that the log may lack those events. Raises TrainError when `out` holds something else or the recipe does
-    not fit, DivergedError when the loss is no longer finite.
+    made, so that the log may lack those events. Of several `processes` (model/distributed.py), all with the same log
+    and `out`, the first alone validates and writes; all return the same. Raises TrainError when `out` holds something
+    else or the recipe does not fit, DivergedError when the loss is no longer finite.
     """
     say = progress or (lambda what, done, total: None)
     _check(recipe)
     if not resume:
         check_run(out)
     spec = fit_log_spec(log)
-    learner = _set_up(recipe, spec, log.schema)
-    done = _resumed(out, recipe, spec, learner) if resume else FRESH
+    learner = _set_up(recipe, spec, log)
+    done = _resumed(out, recipe, spec, learner, processes) if resume else FRESH
+    processes.agree({**_config(recipe, spec, learner.network), "events": len(log.grade), "epoch": done["epoch"]})
     if teacher is None or not recipe.teacher:
-        teacher = _teacher(log, spec, recipe, out, resume, say)
+        teacher = _teacher(log, spec, recipe, out, resume, say) if processes.lead else None
+        teacher = _shared(teacher, log, processes)
     material = _material(log, spec, teacher, recipe, say)
     while done["epoch"] < recipe.epochs and done["epoch"] - done["best_epoch"] < recipe.patience:
-        line = _epoch(learner, material, recipe, done["epoch"] + 1, say)
-        if done is FRESH:  # an earlier run in the folder stays until this one has something to put in its place
-            _start(out, recipe, spec, learner, teacher)
-        done = _keep(out, learner, recipe, spec, done, line)
-        logger.info("%s", line)
-    load_weights(learner.best, out / "weights.safetensors")
-    return _finish(log, out, learner.best, material, teacher, done, say, test)
+        line = _epoch(learner, material, recipe, done["epoch"] + 1, say, processes)
+        if processes.lead:
+            if done is FRESH:  # an earlier run in the folder stays until this one has something to put in its place
+                _start(out, recipe, spec, learner, teacher)
+            done = _keep(out, learner, recipe, spec, done, line)
+            logger.info("%s", line)
+        done = processes.told(done)
+    metrics: dict[str, Any] = {}
+    if processes.lead:
+        load_weights(learner.best, out / "weights.safetensors")
+        metrics = _finish(log, out, learner.best, material, teacher, done, say, test)
+    return cast(dict[str, Any], processes.told(metrics))
 
 
 # --- set-up ---------------------------------------------------------------------------------------------
@@ -182,6 +194,8 @@ def _check(recipe: Recipe) -> None:
             what = "a whole number" if number is int else "a number"
             raise TrainError(f"{name} is {value!r}: it must be {what} from {least:g} to {most:g}")
     make_sampler(recipe)
+    if recipe.item_start not in ITEM_STARTS:
+        raise TrainError(f"item_start is {recipe.item_start!r}: use {' or '.join(ITEM_STARTS)}")
     if recipe.device not in ("cpu", "cuda"):
         raise TrainError(f"device is {recipe.device!r}: use cpu or cuda")
     if recipe.device == "cuda" and not torch.cuda.is_available():
@@ -196,12 +210,15 @@ def make_sampler(recipe: Recipe) -> Sampler:
         raise TrainError(f"sampler {recipe.sampler!r} does not take these options ({error})") from error
 
 
-def _set_up(recipe: Recipe, spec: FeatureSpec, schema: Schema) -> Learner:
+def _set_up(recipe: Recipe, spec: FeatureSpec, log: Log) -> Learner:
     """Seeded network and loss, and AdamW with the embedding tables in a group of their own, without decay."""
     torch.manual_seed(recipe.seed)
-    network = build_network(recipe.network, spec, recipe.options).to(recipe.device)
+    network = build_network(recipe.network, spec, recipe.options)
+    if recipe.item_start == "factors":
+        _start_items(network, spec, log)
+    network = network.to(recipe.device)
     try:
-        told = {"grades": len(schema.rungs), "soft_top": schema.soft_label.top}
+        told = {"grades": len(log.schema.rungs), "soft_top": log.schema.soft_label.top}
         loss = LOSSES[recipe.loss](**told, **recipe.loss_options).to(recipe.device)
     except (TypeError, ValueError) as error:
         raise TrainError(f"loss {recipe.loss!r} does not take these options ({error})") from error
@@ -216,6 +233,28 @@ def _set_up(recipe: Recipe, spec: FeatureSpec, schema: Schema) -> Learner:
     return Learner(network=network, average=average, loss=loss, optimizer=torch.optim.AdamW(groups))
 
 
+def _start_items(network: Network, spec: FeatureSpec, log: Log) -> None:
+    """Put factors of the matrix of who took what in training into the table of item ids. Our own.
+
+    A step moves the rows of its own lists alone, and what this matrix knows of all takes a network many epochs to find.
+    An item that nobody took keeps its random start; so does a table of single weights, where a factor means nothing.
+    """
+    columns = spec.columns("item").get(spec.item_id_name)
+    tables = next(module for module in network.modules() if isinstance(module, Tables))
+    if columns is None or tables.dim == 1:
+        return
+    field = next(field for field in spec.item_fields if field.name == spec.item_id_name)
+    weight = cast(nn.Embedding, tables[tables.owners.index(spec.table_of(field))]).weight
+    taken = (log.split == TRAIN) & (log.grade > 0)
+    factors = item_factors(log.user[taken], log.item[taken], len(log.items), dim=weight.shape[1])
+    rows = encode_items(spec, log)[:, columns.start]
+    known = factors.any(axis=1) & (rows != UNKNOWN)
+    if known.any():
+        factors *= FACTOR_STD / factors[known].std()
+    with torch.no_grad():
+        weight[torch.from_numpy(rows[known]).long()] = torch.from_numpy(factors[known])
+
+
 def _start(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, teacher: Teacher | None) -> None:
     """Open the folder for a new run."""
     open_run(out)
@@ -226,7 +265,7 @@ def _start(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, teach
         write_tensors(out / "teacher.safetensors", {"soft": torch.from_numpy(teacher.soft), "auc": quality}, {})
 
 
-def _resumed(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner) -> dict[str, Any]:
+def _resumed(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner, processes: Processes) -> dict[str, Any]:
     """Put the last whole epoch of the folder into the learner; returns the progress so far."""
     now = _config(recipe, spec, learner.network)
     before = read_json(out / "config.json")
@@ -234,7 +273,8 @@ def _resumed(out: Path, recipe: Recipe, spec: FeatureSpec, learner: Learner) -> 
         if before.get(key) != now[key]:
             raise TrainError(f"{out} was trained with {key} {before.get(key)}, this run asks {now[key]}: give the same")
     progress = load_state(out, learner.modules, learner.optimizer)
-    _cut_lines(out / "epochs.jsonl", progress["epoch"])
+    if processes.lead:
+        _cut_lines(out / "epochs.jsonl", progress["epoch"])
     return progress
 
 
@@ -268,6 +308,15 @@ def _teacher(log: Log, spec: FeatureSpec, recipe: Recipe, out: Path, resume: boo
     teacher = fit_teacher(log, spec, seed=recipe.seed, progress=forward)
     say("teacher", stages, stages)
     return teacher
+
+
+def _shared(teacher: Teacher | None, log: Log, processes: Processes) -> Teacher | None:
+    """Process 0's teacher on every process."""
+    about = processes.told(None if teacher is None else {"auc": teacher.auc, "logged": teacher.logged})
+    if about is None:
+        return None
+    soft = np.empty(len(log.grade), dtype=np.float32) if teacher is None else teacher.soft
+    return Teacher(soft=processes.filled(soft), **about)
 
 
 def _material(log: Log, spec: FeatureSpec, teacher: Teacher | None, recipe: Recipe, say: Progress) -> Material:
@@ -312,10 +361,15 @@ def _sampled(held: HeldOut, most: int) -> HeldOut:
 # --- the loop -------------------------------------------------------------------------------------------
 
 
-def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say: Progress) -> dict[str, Any]:
-    """One epoch and its validation; everything random in it depends on (seed, epoch) alone."""
+def _epoch(
+    learner: Learner, material: Material, recipe: Recipe, epoch: int, say: Progress, processes: Processes
+) -> dict[str, Any]:
+    """One epoch and, by the first process, its validation; everything random in it depends on (seed, epoch) alone.
+
+    All processes draw the same lists and unknown ids, each masks (dropout) its own units.
+    """
     began = time.perf_counter()
-    torch.manual_seed(recipe.seed * 100_003 + epoch)
+    torch.manual_seed(recipe.seed * 100_003 + epoch + (processes.rank << 48))
     rng = np.random.default_rng([recipe.seed, epoch])
     sampler = make_sampler(recipe)
     learner.network.train()
@@ -324,16 +378,16 @@ def _epoch(learner: Learner, material: Material, recipe: Recipe, epoch: int, say
     for step, rows in enumerate(steps):
         say(f"epoch {epoch}", step, len(steps))
         drawn = sampler.draw(material.data, rows, rng)
-        scores, labels, batch = _forward(learner.network, material, recipe, rows, drawn, rng)
-        mask = batch.mask
+        scores, labels, mask, batch = _forward(learner.network, material, recipe, rows, drawn, rng, processes)
         loss = learner.loss(scores, labels, mask)
         own = learner.network.regulariser(batch)
         if own is not None:
+            own = processes.averaged(own, len(rows))
             loss = loss + own
-        _step(learner, loss, recipe.clip)
+        _step(learner, loss, recipe.clip, len(rows), processes)
         total, lists, entries = total + float(loss.detach()) * len(rows), lists + len(rows), entries + int(mask.sum())
     seconds = time.perf_counter() - began
-    valid = _validate(learner.best, material)
+    valid = _validate(learner.best, material) if processes.lead else {}
     say(f"epoch {epoch}", len(steps), len(steps))
     return {
         "epoch": epoch,
@@ -358,26 +412,37 @@ def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[n
 
 
 def _forward(
-    network: Network, material: Material, recipe: Recipe, rows: np.ndarray, drawn: Lists, rng: np.random.Generator
-) -> tuple[Tensor, Labels, Batch]:
-    """Scores (b, n), labels and vectors of the lists drawn; the item tower runs once per distinct item."""
+    network: Network,
+    material: Material,
+    recipe: Recipe,
+    rows: np.ndarray,
+    drawn: Lists,
+    rng: np.random.Generator,
+    processes: Processes,
+) -> tuple[Tensor, Labels, Tensor, Batch]:
+    """Scores, labels, mask (b, n) of the lists drawn, vectors of this process's share; a tower meets an item once."""
     device = recipe.device
     distinct, place = np.unique(drawn.item, return_inverse=True)
     user_rows = _with_unknowns(material.users[rows], material.user_id, recipe.unknown_users, rng)
     item_rows = _with_unknowns(material.items[distinct], material.item_id, recipe.unknown_items, rng)
+    place, share = place.reshape(drawn.item.shape), processes.share(len(rows))
+    if processes.world > 1:
+        kept, place = np.unique(place[share], return_inverse=True)
+        user_rows, item_rows, place = user_rows[share], item_rows[kept], place.reshape(len(share), -1)
     users, items = torch.from_numpy(user_rows).to(device), torch.from_numpy(item_rows).to(device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         user, item = network.user(users), network.item(items)
-    chosen = torch.from_numpy(place.reshape(drawn.item.shape)).to(device)
-    scores = network.score(user, functional.embedding(chosen, item))
+    chosen = torch.from_numpy(place).to(device)
+    scores = processes.gathered(network.score_lists(user, item, chosen), len(rows))
     labels = Labels(
         grade=torch.from_numpy(drawn.grade.astype(np.float32)).to(device),
         soft=torch.from_numpy(drawn.soft).to(device),
         impression=torch.from_numpy(drawn.stage == IMPRESSION).to(device),
     )
     mask = torch.from_numpy(drawn.mask).to(device)
+    own = torch.from_numpy(share).to(device)
     positive = (labels.grade > 0) & mask
-    return scores, labels, Batch(users, items, user, item, chosen, positive, mask)
+    return scores, labels, mask, Batch(users, items, user, item, chosen, positive[own], mask[own])
 
 
 def _with_unknowns(rows: np.ndarray, column: slice | None, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -389,11 +454,12 @@ def _with_unknowns(rows: np.ndarray, column: slice | None, share: float, rng: np
     return changed
 
 
-def _step(learner: Learner, loss: Tensor, clip: float) -> None:
+def _step(learner: Learner, loss: Tensor, clip: float, lists: int, processes: Processes) -> None:
     if not torch.isfinite(loss):
         raise DivergedError(f"the loss became {float(loss.detach())}: lower the learning rate")
     learner.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    processes.add_gradients(learner.network, learner.loss, lists)
     nn.utils.clip_grad_norm_(learner.network.parameters(), clip)
     learner.optimizer.step()
     learner.average.update_parameters(learner.network)

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "bind_json.h"
+#include "bind_training.h"
 #include "index.h"
 #include "level.h"
 #include "pack.h"
@@ -52,28 +53,11 @@ Made<T> give(std::vector<T>&& values) {
     return Made<T>(kept->data(), {kept->size()}, owner);
 }
 
-Kind kind_of(const std::string& name) {
-    if (name == "maxsim") return Kind::maxsim;
-    if (name == "cross_attention") return Kind::cross_attention;
-    refuse("head kind is '" + name + "': the kernel scores maxsim and cross_attention");
-}
-
 Dtype dtype_of(const std::string& name) {
     if (name == "f32") return Dtype::f32;
     if (name == "f16") return Dtype::f16;
     if (name == "int8") return Dtype::int8;
     refuse("dtype is '" + name + "': use f32, f16 or int8");
-}
-
-const Level& level_of(const std::string& name) {
-    const Level* const* all;
-    const size_t count = levels(&all);
-    for (size_t i = 0; i < count; ++i)
-        if (name == all[i]->name) {
-            if (!all[i]->supported()) refuse("this processor has no " + name);
-            return *all[i];
-        }
-    refuse("there is no level '" + name + "' in this build");
 }
 
 std::vector<std::pair<std::string, bool>> known_levels() {
@@ -238,7 +222,7 @@ class Ids {
 class Table {
   public:
     Table(const Shape& shape, Matrix<uint8_t> rows, const Ids& ids, const std::string& level)
-        : shape_(shape), level_(level_of(level)), rows_(rows), ids_(ids), index_(ids.index()) {
+        : shape_(shape), level_(level_of(level.c_str())), rows_(rows), ids_(ids), index_(ids.index()) {
         expect("a row", rows.shape(1), shape.stride);
         expect("rows", rows.shape(0), ids.size());
     }
@@ -373,7 +357,7 @@ void bind_records(nb::module_& m) {
         "make_shape",
         [](const std::string& kind, const std::string& dtype, int user_heads, int item_heads, int dim, bool bias,
            float scale) {
-            return make_shape(kind_of(kind), dtype_of(dtype), user_heads, item_heads, dim, bias, scale);
+            return make_shape(kind_of(kind.c_str()), dtype_of(dtype), user_heads, item_heads, dim, bias, scale);
         },
         "kind"_a, "dtype"_a, "user_heads"_a, "item_heads"_a, "dim"_a, "bias"_a, "scale"_a);
     m.def("pack", &pack_rows, "shape"_a, "records"_a.noconvert(), "rows"_a.noconvert());
@@ -413,4 +397,5 @@ NB_MODULE(_native, m) {
     ranktower::bind_records(m);
     ranktower::bind_table(m);
     ranktower::bind_json(m);
+    ranktower::bind_training(m);
 }

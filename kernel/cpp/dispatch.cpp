@@ -1,3 +1,6 @@
+#include <stdexcept>
+#include <string>
+
 #include "level.h"
 
 namespace ranktower {
@@ -13,6 +16,18 @@ size_t levels(const Level* const** all) {
     };
     *all = compiled;
     return sizeof compiled / sizeof *compiled;
+}
+
+const Level& level_of(const char* name) {
+    const Level* const* all;
+    const size_t count = levels(&all);
+    const std::string wanted = name;
+    for (size_t i = 0; i < count; ++i)
+        if (wanted == all[i]->name) {
+            if (!all[i]->supported()) throw std::invalid_argument("this processor has no " + wanted);
+            return *all[i];
+        }
+    throw std::invalid_argument("there is no level '" + wanted + "' in this build");
 }
 
 }  // namespace ranktower

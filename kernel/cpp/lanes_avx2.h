@@ -47,6 +47,10 @@ INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b
 INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+INLINE F where_equal(F x, F y, F z) {  // else 0
+    return {_mm256_and_ps(_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ), z.a),
+            _mm256_and_ps(_mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ), z.b)};
+}
 
 INLINE F reciprocal(F x) {  // 12 bits, and one step of Newton for the rest
     const F r = {_mm256_rcp_ps(x.a), _mm256_rcp_ps(x.b)};
@@ -120,6 +124,12 @@ INLINE F transpose(F x) {  // lane p of quarter t <-> lane t of quarter p
     return {_mm256_set_m128(q1, q0), _mm256_set_m128(q3, q2)};
 }
 INLINE float first(F x) { return _mm256_cvtss_f32(x.a); }
+INLINE F zip(__m256 x, __m256 y) {
+    const __m256 low = _mm256_unpacklo_ps(x, y), high = _mm256_unpackhi_ps(x, y);
+    return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+INLINE F zip_low(F x, F y) { return zip(x.a, y.a); }   // x0 y0 x1 y1 ... x7 y7
+INLINE F zip_high(F x, F y) { return zip(x.b, y.b); }  // x8 y8 ... x15 y15
 
 // --- int8 dot products: 16 quads of an item with the int16 quads of a user
 

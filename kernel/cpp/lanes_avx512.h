@@ -37,6 +37,7 @@ INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE F where_equal(F a, F b, F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), x); }  // else 0
 
 INLINE F reciprocal(F x) {  // 14 bits, and one step of Newton for all of them
     const F r = _mm512_rcp14_ps(x);
@@ -90,6 +91,13 @@ INLINE F transpose(F x) {  // lane p of quarter t <-> lane t of quarter p
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
 }
 INLINE float first(F x) { return _mm512_cvtss_f32(x); }
+INLINE F zip_low(F a, F b) {  // a0 b0 a1 b1 ... a7 b7
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+}
+INLINE F zip_high(F a, F b) {  // a8 b8 ... a15 b15
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31),
+                                  b);
+}
 
 // --- int8 dot products: 16 quads of an item with the int16 quads of a user
 

@@ -84,6 +84,10 @@ INLINE F max(F a, F b) {
     EACH_QUARTER a.q[t] = a.q[t] > b.q[t] ? a.q[t] : b.q[t];
     return a;
 }
+INLINE F where_equal(F a, F b, F x) {  // else 0
+    EACH_QUARTER x.q[t] = a.q[t] == b.q[t] ? x.q[t] : Quad{};
+    return x;
+}
 INLINE F reciprocal(F x) {
     EACH_QUARTER x.q[t] = 1.0f / x.q[t];
     return x;
@@ -156,6 +160,16 @@ INLINE F transpose(F x) {  // lane p of quarter t <-> lane t of quarter p
     return r;
 }
 INLINE float first(F x) { return x.q[0][0]; }
+INLINE F zip(const Quad* x, const Quad* y) {
+    F r;
+    EACH_QUARTER {
+        const Quad a = x[t / 2], b = y[t / 2];
+        r.q[t] = t % 2 ? Quad{a[2], b[2], a[3], b[3]} : Quad{a[0], b[0], a[1], b[1]};
+    }
+    return r;
+}
+INLINE F zip_low(F x, F y) { return zip(x.q, y.q); }           // x0 y0 x1 y1 ... x7 y7
+INLINE F zip_high(F x, F y) { return zip(x.q + 2, y.q + 2); }  // x8 y8 ... x15 y15
 
 // --- int8 dot products: 16 quads of an item with the int16 quads of a user
 

@@ -18,6 +18,7 @@ constexpr float exp2_3 = 0.05550713274f, exp2_4 = 0.009675541333f, exp2_5 = 0.00
 #endif
 
 #include "cross_attention.h"
+#include "differentiate.h"
 #include "maxsim.h"
 
 namespace ranktower {
@@ -164,7 +165,8 @@ bool supported() {
 #define NAME_OF(level) NAME_OF_(level)
 extern const Level NAME_OF(RANKTOWER_LEVEL);
 const Level NAME_OF(RANKTOWER_LEVEL) = {
-    RANKTOWER_LEVEL_NAME,     RANKTOWER_LEVEL::supported, RANKTOWER_LEVEL::prepared_bytes,
-    RANKTOWER_LEVEL::prepare, RANKTOWER_LEVEL::score,     RANKTOWER_LEVEL::touch};
+    RANKTOWER_LEVEL_NAME,        RANKTOWER_LEVEL::supported,   RANKTOWER_LEVEL::prepared_bytes,
+    RANKTOWER_LEVEL::prepare,    RANKTOWER_LEVEL::score,       RANKTOWER_LEVEL::touch,
+    RANKTOWER_LEVEL::lists_room, RANKTOWER_LEVEL::score_lists, RANKTOWER_LEVEL::differentiate_lists};
 
 }  // namespace ranktower

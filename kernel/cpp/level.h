@@ -8,6 +8,7 @@
 #pragma once
 
 #include "record.h"
+#include "training.h"
 
 namespace ranktower {
 
@@ -26,6 +27,13 @@ struct Level {
 
     // Adds up one octet of every cache line that `score` reads, with its prefetch: the floor that memory sets.
     uint64_t (*touch)(const Shape&, const uint8_t* table, const int32_t* rows, size_t count);
+
+    // For training, see training.h: lists first to last - 1, in a room of lists_room octets aligned to 64. Gradients of
+    // users are written, those of items added.
+    size_t (*lists_room)(const Lists&);
+    void (*score_lists)(const Lists&, size_t first, size_t last, void* room, float* scores, float* biases);
+    void (*differentiate_lists)(const Lists&, size_t first, size_t last, void* room, const float* of_scores,
+                                const float* of_biases, float* of_users, float* of_items);
 };
 
 extern const Level portable_level;
@@ -35,5 +43,8 @@ extern const Level avx2_level, avx512_level, avx512_vnni_level;
 
 // Levels compiled in, worst first.
 size_t levels(const Level* const** all);
+
+// The one of that name. Throws std::invalid_argument where there is none or this processor cannot run it.
+const Level& level_of(const char* name);
 
 }  // namespace ranktower

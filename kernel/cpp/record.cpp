@@ -11,6 +11,13 @@ static void check_range(const char* name, int value, int least, int most) {
                                     std::to_string(least) + " to " + std::to_string(most));
 }
 
+Kind kind_of(const char* name) {
+    const std::string kind = name;
+    if (kind == "maxsim") return Kind::maxsim;
+    if (kind == "cross_attention") return Kind::cross_attention;
+    throw std::invalid_argument("head kind is '" + kind + "': the kernel scores maxsim and cross_attention");
+}
+
 Shape make_shape(Kind kind, Dtype dtype, int user_heads, int item_heads, int dim, bool bias, float scale) {
     check_range("user_heads", user_heads, 1, max_user_heads);
     check_range("item_heads", item_heads, 1, max_item_heads);

@@ -39,6 +39,9 @@ struct Shape {
     size_t v_at, g_at, scales_at, bias_at, bytes, stride;  // octets from the start of a record
 };
 
+// By its name in a manifest. Throws std::invalid_argument.
+Kind kind_of(const char* name);
+
 // Throws std::invalid_argument naming what is out of range.
 Shape make_shape(Kind kind, Dtype dtype, int user_heads, int item_heads, int dim, bool bias, float scale);
 

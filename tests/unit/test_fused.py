@@ -96,9 +96,11 @@ def test_the_weakest_entry_outweighs_padding() -> None:
 
 
 @pytest.mark.parametrize("input_gate", ["units", "fields"])
-def test_heads(input_gate: Any) -> None:
-    sizes = [2, 4, 3]
-    plain = GatedHeads(sizes, heads=3, dim=5, hidden=6, gate_hidden=4, input_gate=input_gate, output_gate=True)
+@pytest.mark.parametrize("path", [True, False])
+def test_heads(input_gate: Any, path: bool) -> None:
+    plain = GatedHeads(
+        [2, 4, 3], heads=3, dim=5, hidden=6, gate_hidden=4, input_gate=input_gate, output_gate=True, path=path
+    )
     shaken(plain)
     x = torch.randn(7, 9)
     torch.testing.assert_close(FusedHeads(plain)(x), plain(x), **EQUAL)
@@ -117,6 +119,7 @@ def test_cross_attention() -> None:
     [
         {},
         {"cross_attention": False},
+        {"path": False},
         {"input_gate": "fields", "tied_values": True},
         {"input_gate": "off", "output_gate": False, "direction": "item"},
     ],

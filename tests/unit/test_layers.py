@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.errors import SpecError
 from model.features import FeatureSpec, Field
 from model.layers import (
+    PATH_GAIN,
     SCALE_RANGE,
     AttentionPooling,
     GatedCrossAttention,
@@ -24,6 +25,7 @@ from model.layers import (
     Tables,
     attended_similarity,
     dot_similarity,
+    start_alike,
     unit,
 )
 
@@ -134,17 +136,18 @@ def test_head_linear_is_one_linear_map_for_each_head() -> None:
     torch.testing.assert_close(layer(x), torch.stack(expected))
 
 
-def gated_heads(input_gate: str, output_gate: bool = True) -> GatedHeads:
+def gated_heads(input_gate: str, output_gate: bool = True, path: bool = False) -> GatedHeads:
     torch.manual_seed(0)
     return GatedHeads(
-        [2, 4, 3], heads=3, dim=5, hidden=6, gate_hidden=4, input_gate=input_gate, output_gate=output_gate
+        [2, 4, 3], heads=3, dim=5, hidden=6, gate_hidden=4, input_gate=input_gate, output_gate=output_gate, path=path
     )
 
 
 @pytest.mark.parametrize("input_gate", ["units", "fields", "off"])
 @pytest.mark.parametrize("output_gate", [True, False])
-def test_gated_heads_follow_their_equations(input_gate: str, output_gate: bool) -> None:
-    heads, x = gated_heads(input_gate, output_gate), torch.randn(4, 9)
+@pytest.mark.parametrize("path", [True, False])
+def test_gated_heads_follow_their_equations(input_gate: str, output_gate: bool, path: bool) -> None:
+    heads, x = gated_heads(input_gate, output_gate, path), torch.randn(4, 9)
     for parameter in heads.parameters():
         nn.init.normal_(parameter)
     found = heads(x)
@@ -159,6 +162,8 @@ def test_gated_heads_follow_their_equations(input_gate: str, output_gate: bool) 
         e = (h @ heads.first.weight[p] + heads.first.bias[p]).relu() @ heads.second.weight[p] + heads.second.bias[p]
         if heads.v is not None:
             e = e * heads.v(x)[:, 5 * p : 5 * p + 5].sigmoid()
+        if heads.u is not None:
+            e = e + x @ heads.u.weight[5 * p : 5 * p + 5].T
         torch.testing.assert_close(found[:, p], e, rtol=1e-4, atol=1e-5)
 
 
@@ -168,6 +173,21 @@ def test_the_input_gate_is_one_at_the_start(input_gate: str) -> None:
     shared = {name: value for name, value in gated.state_dict().items() if not name.startswith("w")}
     plain.load_state_dict(shared)
     torch.testing.assert_close(gated(x), plain(x))
+
+
+def test_paths_start_as_one_projection_of_what_both_sides_read() -> None:
+    tables = Tables(SPEC)
+    user, item = Inputs(SPEC, "user", tables), Inputs(SPEC, "item", tables)
+    paths = nn.Linear(user.size, 24, bias=False), nn.Linear(item.size, 24, bias=False)
+    start_alike(user, item, paths)
+    x, y = torch.randn(5, user.size), torch.randn(6, item.size)
+    common = [(u, i) for u in SPEC.user_fields for i in SPEC.item_fields if SPEC.table_of(u) == SPEC.table_of(i)]
+    assert common
+    expected = torch.zeros(5, 6)
+    for u, i in common:
+        left = torch.split(x, user.sizes, dim=1)[user.fields.index(u)]
+        expected += left @ torch.split(y, item.sizes, dim=1)[item.fields.index(i)].T
+    torch.testing.assert_close(paths[0](x) @ paths[1](y).T, PATH_GAIN**2 * expected, rtol=1e-4, atol=1e-4)
 
 
 # --- similarity ------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ TORCH_ROOMS = tuple(
     f"model/{room}.py"
     for room in (
         *("layers", "fused", "networks", "regularisers", "losses", "scoring", "checkpoint", "train", "evaluate"),
-        "export",
+        *("export", "distributed", "native"),
     )
 )
 

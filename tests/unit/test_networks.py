@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kernel.record import RecordLayout
 from kernel.reference import score
 from model.errors import SpecError
 from model.export import OPSET
@@ -503,6 +504,40 @@ def test_dat_without_ids_or_categories_says_what_to_do() -> None:
     with pytest.raises(SpecError, match="keeps a vector for each user id, and 'user_id' is no user field: declare it"):
         DAT(without_user)
     without_tags = FeatureSpec(tuple(field for field in SPEC.fields if field.name != "tags"), "string", "int")
-    with pytest.raises(SpecError, match="align needs a category, and items have no such field: give align 0"):
-        DAT(without_tags)
-    assert DAT(without_tags, align=0).category is None
+    with pytest.raises(SpecError, match="items have no categorical or multi-valued field, or give align 0"):
+        DAT(without_tags, category="tags")
+    for options in ({}, {"align": 0}):
+        assert DAT(without_tags, **options).category is None
+
+
+def with_author(values: int) -> FeatureSpec:
+    """SPEC, of 30 items and 3 tags, with an author before the tags."""
+    author = Field(name="author", side="item", kind="categorical", dim=4, vocabulary=tuple(range(values)))
+    return FeatureSpec((*SPEC.fields[:5], author, *SPEC.fields[5:]), "string", "int")
+
+
+@pytest.mark.parametrize(("values", "chosen"), [(1, "tags"), (2, "author"), (3, "author"), (4, "tags"), (30, "tags")])
+def test_dat_aligns_the_first_field_whose_categories_gather_items(values: int, chosen: str) -> None:
+    spec = with_author(values)
+    assert DAT(spec).category == spec.columns("item")[chosen].start
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("ranktower", {"user_heads": 33}, "user_heads of this network come to 33, and at most 32 can be served"),
+        ("ranktower", {"item_heads": 17}, "item_heads of this network come to 17, and at most 16 can be served"),
+        ("two_tower", {"dim": 1025}, "dim of this network come to 1025, and at most 1024 can be served"),
+        ("inttower", {"user_heads": 11}, "user_heads of this network come to 33"),
+    ],
+)
+def test_a_network_that_no_kernel_serves_is_refused_before_it_is_trained(
+    name: str, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(SpecError, match=complaint):
+        NETWORKS[name](SPEC, **options)  # type: ignore[arg-type]
+
+
+def test_the_largest_network_that_can_be_served_is_built() -> None:
+    head = RankTower(SPEC, user_heads=32, item_heads=16, dim=1024, hidden=8).head()
+    assert RecordLayout(head, "f16").stride > 0

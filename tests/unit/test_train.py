@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoint import OURS
-from model.datasets.log import TEST, Log, read_log, without
+from model.datasets.log import TEST, TRAIN, Log, read_log, without
 from model.errors import TrainError
 from model.evaluate import held_out
+from model.layers import Tables
 from model.losses import Listwise
 from model.requests import encode_items, encode_users, fit_log_spec
+from model.sampling import item_factors
 from model.scoring import score_network
 from model.teacher import fit_teacher
 from model.train import Recipe, _set_up, load_checkpoint, train
@@ -155,11 +157,38 @@ def test_what_a_loss_learns_is_trained_kept_and_said(log: Log, tmp_path: Path) -
 
 
 def test_logloss_is_told_the_greatest_soft_label_of_the_log(log: Log) -> None:
-    learner = _set_up(
-        replace(TINY, loss="distillation", loss_options={"kind": "logloss"}), fit_log_spec(log), log.schema
-    )
+    learner = _set_up(replace(TINY, loss="distillation", loss_options={"kind": "logloss"}), fit_log_spec(log), log)
     assert isinstance(learner.loss, Listwise)
     assert learner.loss.function.keywords["soft_top"] == 14  # click + 3*cart + 10*buy
+
+
+def item_table(log: Log, **changes: Any) -> np.ndarray:
+    """The table of item ids before the first step, a row per item of the log."""
+    spec = fit_log_spec(log)
+    network = _set_up(replace(TINY, **changes), spec, log).network
+    tables = next(module for module in network.modules() if isinstance(module, Tables))
+    rows = encode_items(spec, log)[:, spec.columns("item")[spec.item_id_name].start]
+    return tables[tables.owners.index(spec.item_id_name)].weight.detach().numpy()[rows]
+
+
+def test_item_ids_start_as_factors_of_what_was_taken_in_training(log: Log) -> None:
+    table, drawn = item_table(log), item_table(log, item_start="random")
+    taken = (log.split == TRAIN) & (log.grade > 0)
+    factors = item_factors(log.user[taken], log.item[taken], len(log.items), dim=table.shape[1])
+    known = factors.any(axis=1)
+    np.testing.assert_allclose(table[known], factors[known] * (0.2 / factors[known].std()), rtol=1e-5)
+    assert (known != np.isin(np.arange(len(known)), log.item[taken])).sum() == 0
+    np.testing.assert_array_equal(table[~known], drawn[~known])  # and the random draws are those of any other start
+
+
+def test_a_start_knows_nothing_of_later_events(log: Log) -> None:
+    later = log.split != TRAIN
+    np.testing.assert_array_equal(item_table(log), item_table(replace(log, grade=np.where(later, 0, log.grade))))
+
+
+def test_single_weights_do_not_start_as_factors(log: Log) -> None:
+    factors, drawn = (item_table(log, network="lr", options={}, item_start=start) for start in ("factors", "random"))
+    np.testing.assert_array_equal(factors, drawn)
 
 
 def test_a_killed_training_leaves_its_last_epoch_and_goes_on(log: Log, tmp_path: Path) -> None:
@@ -280,6 +309,7 @@ def test_resuming_with_another_recipe_or_without_a_run_is_refused(log: Log, tmp_
     [
         ({"network": "transformer"}, "network 'transformer' is not known: use one of"),
         ({"loss": "magic"}, "loss 'magic' is not known: use one of"),
+        ({"item_start": "warm"}, "item_start is 'warm': use factors or random"),
         ({"sampler": "none"}, "sampler 'none' is not known: use one of"),
         ({"options": {"depth": 3}}, "does not take these options.*depth"),
         ({"sampler_options": {"width": 3}}, "sampler 'full' does not take these options.*width"),

@@ -226,9 +226,14 @@ def log_digest(folder: Path) -> str:
     return content.hexdigest()[:12]
 
 
-def code_version(folder: Path = ROOT / "model") -> str:
-    """12 hex digits of the code that decides results: of its syntax, so that comments and line breaks do not count."""
+def code_version(folder: Path = ROOT / "model", native: Path = ROOT / "kernel" / "cpp") -> str:
+    """12 hex digits of the code that decides results: of its syntax, so that comments and line breaks do not count.
+
+    Of native code, only what trains; it counts as it stands.
+    """
     content = hashlib.sha256()
+    for path in (native / "differentiate.h", native / "training.cpp"):
+        content.update(path.read_bytes())
     spared = {*NO_PART, *(f"datasets/{name}.py" for name in NO_PART_ADAPTERS)}
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()

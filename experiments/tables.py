@@ -81,7 +81,8 @@ def names() -> tuple[str, ...]:
 def read_table(name: str, folder: Path = RECIPES) -> Table:
     """A table by name. Raises RecipeError where a row is not a recipe."""
     base, text = _read(folder / f"{BASE}.toml"), _read(folder / f"{name}.toml")
-    rows = tuple(_row(name, dict(entry), base["search"]) for entry in text.pop("rows"))
+    common = text.pop("recipe", {})
+    rows = tuple(_row(name, dict(entry), common, base["search"]) for entry in text.pop("rows"))
     known = {row.name for row in rows}
     table = Table(name=name, rows=rows, **{**text, "data": tuple(text["data"])})
     if table.reference not in known or len(known) < len(rows):
@@ -106,7 +107,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: {error}") from error
 
 
-def _row(table: str, entry: dict[str, Any], search: Mapping[str, Sequence[Any]]) -> Row:
+def _row(table: str, entry: dict[str, Any], common: Changes, search: Mapping[str, Sequence[Any]]) -> Row:
     """A row of a file; what is neither its name nor about it is a change of the recipe."""
     name, baseline, paper = entry.pop("name"), entry.pop("baseline", None), entry.pop("paper", {})
     own, trials = entry.pop("search", {}), entry.pop("trials", 0)
@@ -119,6 +120,8 @@ def _row(table: str, entry: dict[str, Any], search: Mapping[str, Sequence[Any]])
     view = entry.pop("view", WHOLE)
     if view not in VIEWS:
         raise RecipeError(f"recipes/{table}.toml, {name}: view {view!r} is not known: use one of {', '.join(VIEWS)}")
+    parts = {key: {**common[key], **entry.get(key, {})} for key in OPTIONS if key in common}
+    entry = {**common, **entry, **parts}
     row = Row(name=name, changes=entry, search={**search, **own}, trials=trials, view=view, paper=paper)
     for key in {**entry, **row.search}:
         if key.partition(".")[0] not in {known.name for known in fields(Recipe)} - {"seed"}:

@@ -445,7 +445,7 @@ class Hybrid(nn.Module):
     `distill` is the kind of its distillation, or "none" to leave the term out.
     `distill_scale` multiplies scores before distillation by a learned positive number: soft labels and margins ask for
     different scales. Logloss, which alone sees a shift of all scores, gets a learned shift as well.
-    The slides name the three terms; their weights and balance are our own design.
+    The slides name the three terms; their weights and balance are our own design (experiments/LOG.md).
     """
 
     norms: Tensor  # (terms,) of each term's gradient in the scores
@@ -464,7 +464,7 @@ class Hybrid(nn.Module):
     ) -> None:
         super().__init__()
         _check("hybrid", type(self).__init__, {"balance": balance, "distill": distill})
-        self.weights = dict(weights or {"distillation": 1.0, "softsort": 1.0, "am_rankmax": 1.0})
+        self.weights = dict(weights or {"distillation": 0.3, "softsort": 0.3, "am_rankmax": 1.0})
         options = dict(options or {})
         for name in self.weights.keys() - FUNCTIONS.keys():
             raise TrainError(f"hybrid has no term {name!r}: use {', '.join(FUNCTIONS)}")

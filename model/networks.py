@@ -239,7 +239,7 @@ class RankTower(Network):
         direction: Direction = "both",
         tied_values: bool = False,
         item_bias: bool = True,
-        dropout: float = 0.3,
+        dropout: float = 0.1,
         field_dropout: float = 0.0,
     ) -> None:
         kind: HeadKind = "cross_attention" if cross_attention else "maxsim"

@@ -256,7 +256,7 @@ class Sampler:
     impressions: int = 50
     candidates: int = 20
     random: int = 40
-    power: float = 0.0  # random items by popularity^power; 0 is uniform
+    power: float = 0.75  # random items by popularity^power; 0 is uniform
 
     def draw(self, data: TrainingSet, rows: np.ndarray, rng: np.random.Generator) -> Lists:
         """One padded batch of the lists at `rows`, (b,) int."""

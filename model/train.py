@@ -89,8 +89,8 @@ class Recipe:
     clip: float = 5.0  # largest gradient norm
     average: float = 0.98  # decay per step of the averaged weights; 0: the last weights
     epochs: int = 12
-    steps: int = 125  # of an epoch, at most; 0: as many as it takes to see every list once
-    batch: int = 64  # lists of a step
+    steps: int = 100  # of an epoch, at most; 0: as many as it takes to see every list once
+    batch: int = 128  # lists of a step
     patience: int = 4  # epochs without a better validation NDCG@10
     unknown_users: float = 0.2  # share of user ids made unknown in training, so that new users have a trained row
     unknown_items: float = 0.02

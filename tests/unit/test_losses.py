@@ -140,8 +140,11 @@ def oracle_am_rankmax(z: list[float], y: list[int], p: list[float], shown: list[
     return oracle_rankmax(z, y, lambda y_j, y_i: (y_j - y_i) / GRADES)
 
 
-def oracle_hybrid(z: list[float], y: list[int], p: list[float], shown: list[bool]) -> float:
-    return sum(term(z, y, p, shown) for term in (oracle_distillation, oracle_softsort, oracle_am_rankmax))
+def oracle_hybrid(
+    z: list[float], y: list[int], p: list[float], shown: list[bool], distillation: Callable[..., float] | None = None
+) -> float:
+    first = (distillation or oracle_distillation)(z, y, p, shown)
+    return 0.3 * first + 0.3 * oracle_softsort(z, y, p, shown) + oracle_am_rankmax(z, y, p, shown)
 
 
 def sigmoid_of(x: float) -> float:
@@ -239,10 +242,8 @@ ORACLES: dict[str, Callable[..., float]] = {
     "lambdarank": lambda z, y, p, shown: oracle_lambdaloss(z, y, 0.0),
     "weighted logloss": oracle_logloss,
     "pairwise logloss": oracle_pairwise,
-    "hybrid by weighted logloss": lambda *columns: sum(
-        term(*columns) for term in (oracle_logloss, oracle_softsort, oracle_am_rankmax)
-    ),
-    "hybrid without distillation": lambda *columns: oracle_softsort(*columns) + oracle_am_rankmax(*columns),
+    "hybrid by weighted logloss": lambda *columns: oracle_hybrid(*columns, oracle_logloss),
+    "hybrid without distillation": lambda *columns: oracle_hybrid(*columns, lambda *_: 0.0),
 }
 
 

@@ -84,7 +84,7 @@ class Recipe:
     sampler: str = "full"
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     lr: float = 3e-3
-    embedding_lr: float = 1e-2  # of embedding tables, whose rows see few steps each
+    embedding_lr: float = 1e-3  # of embedding tables, whose rows see few steps each
     weight_decay: float = 0.01
     clip: float = 5.0  # largest gradient norm
     average: float = 0.98  # decay per step of the averaged weights; 0: the last weights

@@ -53,7 +53,7 @@ def agreement(log: Log, test: HeldOut, scores: np.ndarray) -> float:
 
 @pytest.mark.parametrize("network", ["ranktower", "two_tower"])
 def test_a_network_recovers_the_order_of_utilities(log: Log, test: HeldOut, tmp_path: Path, network: str) -> None:
-    """Measured: RankTower .62, popularity .56, random 0. Clicks are chances, and most items were never shown to most."""
+    """Measured: RankTower .62, popularity .56, random 0. Clicks are chances, and most users saw few items."""
     train(log, tmp_path / "run", replace(RECIPE, network=network), test=False)
     trained, spec, _ = load_checkpoint(tmp_path / "run")
     lists = whole_catalogue(test, len(log.items))

@@ -210,5 +210,5 @@ class FusedCross(nn.Module):
         v, g, looks = torch.split(e @ self.weight, [1, 1, 2], dim=1)
         return torch.cat([e, v, (g + self.bias).sigmoid(), looks], dim=1).flatten(1)
 
-    def item(self, e: Tensor) -> Tensor:
-        return self.plain.item(e)
+    def item(self, e: Tensor, *bias: Tensor) -> Tensor:
+        return self.plain.item(e, *bias)

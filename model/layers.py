@@ -125,7 +125,13 @@ class Inputs(nn.Module):
                 index = torch.where(kept, index, MISSING)
             e = tables[place](index)  # (b, length, dim)
             parts.append(pool(e, _entries(index)).unsqueeze(1) if field.is_list else e)
-        return functional.dropout(torch.cat(parts, dim=2).squeeze(1), self.dropout, self.training)
+        x = torch.cat(parts, dim=2).squeeze(1)
+        return dropped(x, self.dropout) if self.training and self.dropout else x
+
+
+def dropped(x: Tensor, share: float) -> Tensor:
+    """Dropout, as functional.dropout, in a third of its time on a CPU: the generator for yes and no is a slow one."""
+    return x * ((torch.rand_like(x) >= share) / (1 - share))
 
 
 def _entries(index: Tensor) -> Tensor:
@@ -295,12 +301,13 @@ class GatedCrossAttention(nn.Module):
     def user(self, e: Tensor) -> Tensor:  # (b, Hu, d) -> (b, 5 Hu d): E V G A B
         return _record(e, self.user_parts)
 
-    def item(self, e: Tensor) -> Tensor:  # (b, Hi, d) -> (b, 3 Hi d): E V G
-        return _record(e, self.item_parts)
+    def item(self, e: Tensor, *bias: Tensor) -> Tensor:  # (b, Hi, d), (b, 1) or none -> (b, 3 Hi d [+ 1]): E V G b
+        return _record(e, self.item_parts, *bias)
 
 
-def _record(e: Tensor, parts: nn.ModuleList) -> Tensor:
-    return torch.stack([wide(e), *(wide(part(e)) for part in parts)], dim=1).flatten(1)
+def _record(e: Tensor, parts: nn.ModuleList, *more: Tensor) -> Tensor:
+    e = e.contiguous()  # once, not by each part
+    return torch.cat([wide(e).flatten(1), *(wide(part(e)).flatten(1) for part in parts), *more], dim=1)
 
 
 def dot_similarity(user: Tensor, item: Tensor) -> Tensor:

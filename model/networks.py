@@ -274,8 +274,8 @@ class RankTower(Network):
     def item(self, x: Tensor) -> Tensor:
         x = self.item_inputs(self.tables, x)  # (b, D)
         e = self.item_heads(x)  # (b, Hi, d)
-        record = unit(e).flatten(1) if self.cross is None else self.cross.item(e)
-        return record if self.bias is None else torch.cat([record, self.bias(x)], dim=1)
+        bias = [] if self.bias is None else [self.bias(x)]
+        return torch.cat([unit(e).flatten(1), *bias], dim=1) if self.cross is None else self.cross.item(e, *bias)
 
 
 class DAT(Network):

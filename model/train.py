@@ -230,7 +230,7 @@ def _set_up(recipe: Recipe, spec: FeatureSpec, log: Log) -> Learner:
         {"params": embeddings, "lr": recipe.embedding_lr, "weight_decay": 0.0},
     ]
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))  # type: ignore[no-untyped-call]
-    return Learner(network=network, average=average, loss=loss, optimizer=torch.optim.AdamW(groups))
+    return Learner(network=network, average=average, loss=loss, optimizer=torch.optim.AdamW(groups, fused=True))
 
 
 def _start_items(network: Network, spec: FeatureSpec, log: Log) -> None:

@@ -25,6 +25,7 @@ from model.layers import (
     Tables,
     attended_similarity,
     dot_similarity,
+    dropped,
     start_alike,
     unit,
 )
@@ -108,6 +109,16 @@ def test_field_dropout_hides_the_context_alone_and_only_in_training() -> None:
     assert (inputs(tables, x)[:, :-2] == inputs(tables, x)[0, :-2]).all()
     inputs.eval()
     assert (inputs(tables, x)[:, -2:] == hour[2]).all()
+
+
+def test_dropped_units_are_zero_and_the_others_keep_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(300, 400, requires_grad=True)
+    found = dropped(x, 0.3)
+    assert found.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert found.mean().item() == pytest.approx(1, abs=0.01)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(slope, found.detach())
 
 
 def test_a_tower_without_fields_is_refused() -> None:
@@ -259,6 +270,15 @@ def test_one_direction_closes_the_other_side_s_gate(direction: str, closed: str)
     records = {"user": cross.user(e).view(2, 5, 3, 4), "item": cross.item(e).view(2, 3, 3, 4)}
     assert not records.pop(closed)[:, 2].any()
     assert records.popitem()[1][:, 2].all()
+
+
+def test_an_item_s_bias_is_the_last_number_of_its_record() -> None:
+    cross, e, bias = (
+        GatedCrossAttention(4, direction="both", tied_values=False),
+        torch.randn(2, 3, 4),
+        torch.randn(2, 1),
+    )
+    torch.testing.assert_close(cross.item(e, bias), torch.cat([cross.item(e), bias], dim=1))
 
 
 def test_tied_values_are_the_head_vectors() -> None:

@@ -20,7 +20,7 @@ PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify sanitize openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-train bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify sanitize openapi clean
 
 help: ## print these verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-memory: $(VENV)/.setup-dev ## bytes an item on disk, and the memory of 1, 
 
 bench-encode: $(VENV)/.setup-dev ## microseconds from a user's fields to the input of the user tower
 	$(BIN)/python -m benchmarks.encode $(EXTRA)
+
+bench-train: $(VENV)/.setup-dev ## samples a second and core of each network in training; SIZE=tiny to try it
+	$(BIN)/python -m benchmarks.train --size $(SIZE) $(EXTRA)
 
 $(VENV)/.setup-bench: $(VENV)/.setup-dev
 	$(PIP) install -c constraints.txt -e '.[bench]' || echo 'not every rival can be installed here: the benchmark names those that are absent'

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel, memory, report, scoring, service
+from benchmarks import kernel, memory, report, scoring, service, train
 from benchmarks.lineup import ENTRIES
 from benchmarks.svg import Points, chart
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     page = given.docs / "performance.md"
     text = page.read_text()
-    for name in ("service", "memory", "kernel"):
+    for name in ("service", "memory", "kernel", "train"):
         path = given.results / (f"{name}.json" if given.size == "full" else f"{name}-{given.size}.json")
         if not path.is_file():
             print(f"{path.name} is not there: its tables and plots stay as they are (make bench-{name})")
@@ -88,10 +88,15 @@ def _memory_tables(rows: Rows) -> Tables:
     yield "memory-workers", memory.MEMORY_HEADS, memory.memory_cells(rows)
 
 
+def _train_tables(rows: Rows) -> Tables:
+    yield "train-rows", train.HEADS, train.cells(rows)
+
+
 TABLES: dict[str, Callable[[Rows], Tables]] = {
     "service": _service_tables,
     "memory": _memory_tables,
     "kernel": kernel.tables,
+    "train": _train_tables,
 }
 
 
@@ -100,7 +105,7 @@ TABLES: dict[str, Callable[[Rows], Tables]] = {
 
 def plots(name: str, rows: Rows) -> Iterable[tuple[str, str]]:
     """Names and drawings: latency by number of candidates, and by size of the catalogue."""
-    if name == "memory":
+    if name in ("memory", "train"):
         return
     rows = kernel.plotted(rows) if name == "kernel" else [row for row in rows if row["kind"] == "closed"]
     time = "p50_us" if name == "service" else "median_us"

@@ -67,6 +67,7 @@ RANGES: dict[str, tuple[type, float, float]] = {  # of the recipe's numbers: kin
 }
 ITEM_STARTS = ("factors", "random")
 FACTOR_STD = 0.2  # of a started table: above EMBEDDING_STD, so that what is known outweighs what is not
+PARTS = ("draw", "forward", "loss", "step")  # of a step: its lists and their rows, scores, costs, gradients and update
 FRESH: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best": -1.0, "seconds": 0.0}  # the progress of a new run
 
 logger = logging.getLogger(__name__)
@@ -375,17 +376,22 @@ def _epoch(
     learner.network.train()
     total, lists, entries = 0.0, 0, 0
     steps = list(_batches(len(material.data), recipe, rng))
+    watch = Watch()
     for step, rows in enumerate(steps):
         say(f"epoch {epoch}", step, len(steps))
-        drawn = sampler.draw(material.data, rows, rng)
-        scores, labels, mask, batch = _forward(learner.network, material, recipe, rows, drawn, rng, processes)
+        drawn = _draw(sampler, material, recipe, rows, rng, processes)
+        watch.lap("draw")
+        scores, labels, mask, batch = _forward(learner.network, recipe.device, drawn, processes)
+        watch.lap("forward")
         loss = learner.loss(scores, labels, mask)
         own = learner.network.regulariser(batch)
         if own is not None:
             own = processes.averaged(own, len(rows))
             loss = loss + own
+        watch.lap("loss")
         _step(learner, loss, recipe.clip, len(rows), processes)
         total, lists, entries = total + float(loss.detach()) * len(rows), lists + len(rows), entries + int(mask.sum())
+        watch.lap("step")
     seconds = time.perf_counter() - began
     valid = _validate(learner.best, material) if processes.lead else {}
     say(f"epoch {epoch}", len(steps), len(steps))
@@ -400,7 +406,26 @@ def _epoch(
         "seconds": round(seconds, 3),
         "lists_per_s": round(lists / seconds, 1),
         "samples_per_s": round(entries / seconds, 1),
+        "shares": watch.shares(),
     }
+
+
+class Watch:
+    """How long each part of a step took; on a GPU, what it has not done yet counts to the part that waits for it."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """What has passed since the last lap was this part."""
+        now = time.perf_counter()
+        self._seconds[part] += now - self._since
+        self._since = now
+
+    def shares(self) -> dict[str, float]:
+        """Of all that was measured."""
+        return {part: round(seconds / sum(self._seconds.values()), 4) for part, seconds in self._seconds.items()}
 
 
 def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -411,36 +436,51 @@ def _batches(count: int, recipe: Recipe, rng: np.random.Generator) -> Iterator[n
         yield order[at : at + recipe.batch]
 
 
-def _forward(
-    network: Network,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """The lists of a step (b, n), and what of them this process passes through the network."""
+
+    lists: Lists
+    share: np.ndarray  # (s,) the lists that are this process's
+    users: np.ndarray  # (s, user width) int32
+    items: np.ndarray  # (m, item width) int32, distinct
+    place: np.ndarray  # (s, n) int64, rows of items
+
+
+def _draw(
+    sampler: Sampler,
     material: Material,
     recipe: Recipe,
     rows: np.ndarray,
-    drawn: Lists,
     rng: np.random.Generator,
     processes: Processes,
-) -> tuple[Tensor, Labels, Tensor, Batch]:
-    """Scores, labels, mask (b, n) of the lists drawn, vectors of this process's share; a tower meets an item once."""
-    device = recipe.device
-    distinct, place = np.unique(drawn.item, return_inverse=True)
-    user_rows = _with_unknowns(material.users[rows], material.user_id, recipe.unknown_users, rng)
-    item_rows = _with_unknowns(material.items[distinct], material.item_id, recipe.unknown_items, rng)
-    place, share = place.reshape(drawn.item.shape), processes.share(len(rows))
+) -> Drawn:
+    lists = sampler.draw(material.data, rows, rng)
+    distinct, place = np.unique(lists.item, return_inverse=True)
+    users = _with_unknowns(material.users[rows], material.user_id, recipe.unknown_users, rng)
+    items = _with_unknowns(material.items[distinct], material.item_id, recipe.unknown_items, rng)
+    place, share = place.reshape(lists.item.shape), processes.share(len(rows))
     if processes.world > 1:
         kept, place = np.unique(place[share], return_inverse=True)
-        user_rows, item_rows, place = user_rows[share], item_rows[kept], place.reshape(len(share), -1)
-    users, items = torch.from_numpy(user_rows).to(device), torch.from_numpy(item_rows).to(device)
+        users, items, place = users[share], items[kept], place.reshape(len(share), -1)
+    return Drawn(lists=lists, share=share, users=users, items=items, place=place)
+
+
+def _forward(network: Network, device: str, drawn: Drawn, processes: Processes) -> tuple[Tensor, Labels, Tensor, Batch]:
+    """Scores, labels, mask (b, n) of the lists drawn, vectors of this process's share; a tower meets an item once."""
+    lists = drawn.lists
+    users, items = torch.from_numpy(drawn.users).to(device), torch.from_numpy(drawn.items).to(device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         user, item = network.user(users), network.item(items)
-    chosen = torch.from_numpy(place).to(device)
-    scores = processes.gathered(network.score_lists(user, item, chosen), len(rows))
+    chosen = torch.from_numpy(drawn.place).to(device)
+    scores = processes.gathered(network.score_lists(user, item, chosen), len(lists.item))
     labels = Labels(
-        grade=torch.from_numpy(drawn.grade.astype(np.float32)).to(device),
-        soft=torch.from_numpy(drawn.soft).to(device),
-        impression=torch.from_numpy(drawn.stage == IMPRESSION).to(device),
+        grade=torch.from_numpy(lists.grade.astype(np.float32)).to(device),
+        soft=torch.from_numpy(lists.soft).to(device),
+        impression=torch.from_numpy(lists.stage == IMPRESSION).to(device),
     )
-    mask = torch.from_numpy(drawn.mask).to(device)
-    own = torch.from_numpy(share).to(device)
+    mask = torch.from_numpy(lists.mask).to(device)
+    own = torch.from_numpy(drawn.share).to(device)
     positive = (labels.grade > 0) & mask
     return scores, labels, mask, Batch(users, items, user, item, chosen, positive[own], mask[own])
 

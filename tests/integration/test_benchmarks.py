@@ -31,6 +31,8 @@ from benchmarks.svg import chart
 from benchmarks.traffic import bodies
 from kernel.reference import score
 from model.features import HISTORY
+from model.networks import NETWORKS
+from model.train import PARTS
 from tests.redis_server import redis_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +69,11 @@ def service_run(folder: Path, made: Made) -> str:
 @pytest.fixture(scope="module")
 def memory_run(folder: Path, made: Made) -> str:
     return run("memory", folder, "--workers", "1", "2")
+
+
+@pytest.fixture(scope="module")
+def train_run(folder: Path) -> str:
+    return run("train", folder)
 
 
 def test_the_service_is_measured_beside_its_rivals(service_run: str, folder: Path) -> None:
@@ -112,7 +119,20 @@ def test_memory_is_read_from_every_worker(memory_run: str, folder: Path) -> None
     assert found["bars"][0]["verdict"] == "not measured"  # it needs 4 workers
 
 
-def test_results_name_the_machine_but_no_path_of_it(service_run: str, memory_run: str, folder: Path) -> None:
+def test_training_is_measured_for_every_network_and_every_part_of_a_step(train_run: str, folder: Path) -> None:
+    found = read(folder / "train-tiny.json")
+    assert [(row["network"], row["threads"]) for row in found["rows"]] == [(name, 1) for name in NETWORKS]
+    for row in found["rows"]:
+        assert row["samples_per_s"] > 0
+        assert row["step_ms"] > 0
+        assert sum(row[part] for part in PARTS) == pytest.approx(1, abs=1e-3)
+    assert found["bars"][0]["value"] == max(row["draw"] for row in found["rows"])
+    assert "ranktower" in train_run
+
+
+def test_results_name_the_machine_but_no_path_of_it(
+    service_run: str, memory_run: str, train_run: str, folder: Path
+) -> None:
     for path in folder.glob("*.json"):
         found = read(path)
         assert found["machine"]["cpu"]
@@ -121,7 +141,9 @@ def test_results_name_the_machine_but_no_path_of_it(service_run: str, memory_run
         assert str(folder) not in path.read_text()
 
 
-def test_the_page_is_filled_from_results(service_run: str, memory_run: str, folder: Path, tmp_path: Path) -> None:
+def test_the_page_is_filled_from_results(
+    service_run: str, memory_run: str, train_run: str, folder: Path, tmp_path: Path
+) -> None:
     shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
     assert plots.main(["--results", str(folder), "--docs", str(tmp_path), "--size", "tiny"]) == 0
     page = (tmp_path / "performance.md").read_text()

@@ -26,7 +26,7 @@ from tests.processes import ROOT, TIMEOUT_S, eventually
 from tests.training_processes import RUNS, STEPS, stepped
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
-TIMED = {"seconds", "lists_per_s", "samples_per_s"}
+TIMED = {"seconds", "lists_per_s", "samples_per_s", "shares"}
 
 
 def torchrun(*arguments: object) -> subprocess.Popen[str]:

@@ -22,7 +22,7 @@ from model.requests import encode_items, encode_users, fit_log_spec
 from model.sampling import item_factors
 from model.scoring import score_network
 from model.teacher import fit_teacher
-from model.train import Recipe, _set_up, load_checkpoint, train
+from model.train import PARTS, Recipe, _set_up, load_checkpoint, train
 from tests.logs import write_tiny_log
 
 TINY = Recipe(
@@ -61,7 +61,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    timed = {"seconds", "lists_per_s", "samples_per_s"}
+    timed = {"seconds", "lists_per_s", "samples_per_s", "shares"}
     found = [json.loads(line) for line in (run / "epochs.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in timed} for line in found]
 
@@ -95,6 +95,8 @@ def test_every_epoch_has_a_line_with_terms_metrics_and_speed(hybrid: tuple[Path,
     for line in found:
         assert line["terms"].keys() == {"distillation", "softsort", "am_rankmax"}
         assert {"loss", "ndcg@10", "recall@50", "seconds", "samples_per_s", "scale"} <= line.keys()
+        assert tuple(line["shares"]) == PARTS
+        assert sum(line["shares"].values()) == pytest.approx(1, abs=1e-3)
     best = max(found, key=lambda line: line["ndcg@10"])
     assert best["epoch"] == hybrid[1]["best_epoch"]
 

@@ -284,7 +284,8 @@ def protocol(study: Study, budget: Budget, lines: Sequence[Line]) -> str:
 
 CANDIDATES = (
     "Candidates of the test are simulated, half by co-visitation with the history and half by popularity within the "
-    "scenario, from training alone and by no source that a row resembles; they were frozen before anything was trained."
+    "scenario, from training alone; no network resembles either. They were frozen before anything was trained. Random "
+    "items of training lists are drawn by popularity^0.75 unless a recipe says otherwise, as that second half is."
 )
 
 

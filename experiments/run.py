@@ -33,6 +33,7 @@ from experiments.tables import DIVERGED, Budget, Row, Table, Trial, chosen, desc
 from model.checkpoint import load_checkpoint, write_json
 from model.cli import convert, progress_bars
 from model.datasets import DATASETS
+from model.datasets.schema import FILE
 from model.errors import DataError, DivergedError, RankTowerError
 from model.requests import encode_items, encode_users
 from model.sampling import popularity
@@ -105,15 +106,20 @@ def open_study(options: argparse.Namespace, data: str, budget: Budget) -> Study 
     """Bring the log into the documented form unless it is; None, with a line that says so, where there is no data."""
     root: Path = options.out
     found: Path | None = None
+    kept = root / "logs" / data_name(data)
+    if options.source is not None and not options.source.is_dir():
+        raise DataError(f"{options.source} is no folder: give --from a folder with a folder for each data set's files")
     if data in DATASETS:
         found = options.source / data if options.source is not None and (options.source / data).is_dir() else None
         if data == "cascade" and budget.made:
             found = made_settings(root, budget.made)
     try:
-        convert(data, found, root / "logs" / data_name(data))
+        convert(data, found, kept)
     except DataError as error:
         if data not in DATASETS or found is not None:
             raise
+        if (kept / FILE).is_file():
+            return Study(root, data_name(data))  # an earlier command had its files
         if not options.worker:
             console.print(f"{data}: not here ({error})", soft_wrap=True)
         return None

@@ -122,7 +122,14 @@ def _row(table: str, entry: dict[str, Any], common: Changes, search: Mapping[str
         raise RecipeError(f"recipes/{table}.toml, {name}: view {view!r} is not known: use one of {', '.join(VIEWS)}")
     parts = {key: {**common[key], **entry.get(key, {})} for key in OPTIONS if key in common}
     entry = {**common, **entry, **parts}
-    row = Row(name=name, changes=entry, search={**search, **own}, trials=trials, view=view, paper=paper)
+    row = Row(
+        name=name,
+        changes=entry,
+        search={key: values for key, values in {**search, **own}.items() if values},
+        trials=trials,
+        view=view,
+        paper=paper,
+    )
     for key in {**entry, **row.search}:
         if key.partition(".")[0] not in {known.name for known in fields(Recipe)} - {"seed"}:
             raise RecipeError(f"recipes/{table}.toml, {name}: no recipe has {key!r}")
@@ -151,8 +158,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
 
 
 def identity(value: Any) -> str:
-    """16 hex digits that name plain data by its content."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits that name plain data by its content. Order counts: a hybrid loss balances its terms by the last."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def recipe_name(recipe: Recipe, view: str = WHOLE) -> str:

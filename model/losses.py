@@ -35,7 +35,7 @@ Weighting = Literal["global", "both"]
 
 MARGIN = 1.0
 SPREAD_FLOOR = 1e-2  # below this deviation of a list's scores, SoftSort's tau shrinks no further
-BALANCE_BATCHES = 20
+BALANCE_BATCHES = 50  # that a balance remembers
 SCALE_LIMIT = math.log(100.0)  # of the learned scale before distillation
 TOLD = {"grades", "soft_top"}  # what every loss is told of the log: the ladder's top grade, the greatest soft label
 LEAST = {"margin": 0.0, "mu": 0.0, "k": 1, "m": 1, "alpha": 1e-6, "power": 1e-6, "tau": 1e-6}  # of number options
@@ -438,8 +438,8 @@ class Hybrid(nn.Module):
     """RankTower's loss: distillation + fine-grained sorting on impressions, Rankmax on the whole list; a weighted sum.
 
     `weights` names the terms; `options` are theirs. `balance` says how terms of unlike size are made to meet:
-        equal    a term's gradient in the scores gets the norm of the last term's; both norms are means over the first
-                 20 training batches where the term has one, then kept, and saved with the module
+        equal    a term's gradient in the scores gets the norm of the last term's; both norms are means over the last
+                 50 or so training batches where the term has one, and saved with the module
         learned  L / (2 w^2) + log w, w learned per term (Kendall et al., CVPR 2018)
         fixed    the weights alone
     `distill` is the kind of its distillation, or "none" to leave the term out.
@@ -513,12 +513,15 @@ class Hybrid(nn.Module):
         return cost
 
     def _measure(self, costs: Sequence[Tensor], scores: Tensor) -> None:
-        """Running mean of each term's gradient norm over its first BALANCE_BATCHES batches with a gradient."""
+        """Running mean of each term's gradient norm over about the last BALANCE_BATCHES batches with a gradient.
+
+        The first batches tell little: where a network starts with scores nearly equal, SoftSort is many times steeper.
+        """
         for k, cost in enumerate(costs):
-            if self.measured[k] < BALANCE_BATCHES:
-                norm = torch.autograd.grad(cost, scores, retain_graph=True)[0].norm()
-                self.measured[k] += norm > 0
-                self.norms[k] += (norm - self.norms[k]) / self.measured[k].clamp_min(1) * (norm > 0)
+            norm = torch.autograd.grad(cost, scores, retain_graph=True)[0].norm()
+            self.measured[k] += norm > 0
+            share = self.measured[k].clamp(1, BALANCE_BATCHES).reciprocal()
+            self.norms[k] += (norm - self.norms[k]) * share * (norm > 0)
 
 
 class ARF(nn.Module):

@@ -456,10 +456,13 @@ def _draw(
     processes: Processes,
 ) -> Drawn:
     lists = sampler.draw(material.data, rows, rng)
-    distinct, place = np.unique(lists.item, return_inverse=True)
+    wanted = np.where(
+        lists.mask, lists.item, lists.item[lists.mask][:1]
+    )  # padding must not bring in an item of its own
+    distinct, place = np.unique(wanted, return_inverse=True)
     users = _with_unknowns(material.users[rows], material.user_id, recipe.unknown_users, rng)
     items = _with_unknowns(material.items[distinct], material.item_id, recipe.unknown_items, rng)
-    place, share = place.reshape(lists.item.shape), processes.share(len(rows))
+    place, share = place.reshape(wanted.shape), processes.share(len(rows))
     if processes.world > 1:
         kept, place = np.unique(place[share], return_inverse=True)
         users, items, place = users[share], items[kept], place.reshape(len(share), -1)
@@ -520,6 +523,8 @@ def _validate(network: Network, material: Material) -> dict[str, float]:
     """NDCG and Recall on the full-stage validation lists."""
     held = material.valid
     scores = score_network(network, material.valid_users, material.items, held.lists)
+    if not np.isfinite(scores[held.lists.mask]).all():
+        raise DivergedError("a step left weights that are no numbers: lower the learning rate")
     ranked = rank(scores, held.lists.grade, held.lists.mask)
     wanted = (("ndcg", 10), ("recall", 10), ("recall", 50))
     return {f"{name}@{k}": round(float(np.nanmean(METRICS[name](ranked, k))), 6) for name, k in wanted}

@@ -320,3 +320,20 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         assert not list(part.iterdir())
     with filled(tmp_path / "a") as part:
         assert part is None
+
+
+def test_a_log_that_an_earlier_command_converted_needs_its_files_no_more(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["sampling", "--data", "retailrocket", "--budget", "tiny", "--out", str(tmp_path), "--rows", ROWS[0]]
+    assert run.main(asked) == 0
+    assert "retailrocket: not here" in capsys.readouterr().out
+    shutil.copytree(log, tmp_path / "logs" / "retailrocket")
+    assert run.main(asked) == 0
+    assert len(list(tmp_path.glob("retailrocket-*/tests/[!.]*"))) == 1
+
+
+def test_a_folder_of_sources_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = tmp_path / "absent"
+    assert run.main(["sampling", "--from", str(absent), "--out", str(tmp_path)]) == 2
+    assert f"{absent} is no folder: give --from" in capsys.readouterr().out.replace("\n", "")

@@ -581,7 +581,7 @@ def test_the_hybrid_is_the_weighted_sum_of_its_terms() -> None:
     torch.testing.assert_close(hybrid(scores, labels, mask), 0.5 * terms[0] + 2 * terms[1] + 3 * terms[2])
 
 
-def test_equal_balance_gives_every_term_the_gradient_norm_of_the_last_and_keeps_it() -> None:
+def test_equal_balance_gives_every_term_the_gradient_norm_of_the_last_and_follows_it() -> None:
     scores, labels, mask = random_batch(dtype=torch.float32)
     scores.requires_grad_()
     hybrid = Hybrid(grades=GRADES)
@@ -589,13 +589,16 @@ def test_equal_balance_gives_every_term_the_gradient_norm_of_the_last_and_keeps_
     factors = hybrid.norms[-1] / hybrid.norms
     slopes = [torch.autograd.grad(cost, scores)[0].norm() for cost in hybrid._costs(scores, labels, mask)]
     torch.testing.assert_close(factors * torch.stack(slopes), slopes[-1].expand(3))
-    for _ in range(30):
-        hybrid(scores, labels, mask)
-    kept = hybrid.norms.clone()
-    hybrid(scores * 10, labels, mask)
-    torch.testing.assert_close(hybrid.norms, kept, rtol=0, atol=0)
+    flat = scores.detach() / 100  # where SoftSort is steeper
+    flat.requires_grad_()
+    for _ in range(300):
+        hybrid(flat, labels, mask)
+    slopes = [torch.autograd.grad(cost, flat)[0].norm() for cost in hybrid._costs(flat, labels, mask)]
+    torch.testing.assert_close(hybrid.norms, torch.stack(slopes), rtol=0.05, atol=0)
+    hybrid.eval()
     restored = Hybrid(grades=GRADES)
     restored.load_state_dict(hybrid.state_dict())
+    restored.eval()
     torch.testing.assert_close(restored(scores, labels, mask), hybrid(scores, labels, mask))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from model.checkpoint import OURS
 from model.datasets.log import TEST, TRAIN, Log, read_log, without
-from model.errors import TrainError
+from model.errors import DivergedError, TrainError
 from model.evaluate import held_out
 from model.layers import Tables
 from model.losses import Listwise
@@ -22,7 +22,7 @@ from model.requests import encode_items, encode_users, fit_log_spec
 from model.sampling import item_factors
 from model.scoring import score_network
 from model.teacher import fit_teacher
-from model.train import PARTS, Recipe, _set_up, load_checkpoint, train
+from model.train import PARTS, Learner, Recipe, _set_up, load_checkpoint, train
 from tests.logs import write_tiny_log
 
 TINY = Recipe(
@@ -191,6 +191,21 @@ def test_a_start_knows_nothing_of_later_events(log: Log) -> None:
 def test_single_weights_do_not_start_as_factors(log: Log) -> None:
     factors, drawn = (item_table(log, network="lr", options={}, item_start=start) for start in ("factors", "random"))
     np.testing.assert_array_equal(factors, drawn)
+
+
+def test_a_step_that_leaves_weights_that_are_no_numbers_is_told_as_divergence(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of an epoch's last step is a number still; what the step made of the weights is not."""
+    recipe = replace(TINY, epochs=1, steps=1, loss="softmax", teacher=False)
+
+    def spoil(learner: Learner, *_: object) -> None:
+        for parameter in learner.best.parameters():
+            parameter.data.fill_(torch.nan)
+
+    monkeypatch.setattr("model.train._step", spoil)
+    with pytest.raises(DivergedError, match="no numbers: lower the learning"):
+        train(log, tmp_path / "run", recipe)
 
 
 def test_a_killed_training_leaves_its_last_epoch_and_goes_on(log: Log, tmp_path: Path) -> None:

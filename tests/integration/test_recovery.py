@@ -19,8 +19,8 @@ from model.sampling import Lists, popularity
 from model.scoring import score_network
 from model.train import Recipe, train
 
-SETTINGS = Settings(users=100, items=300, requests=6_000, topics=8, retrieved=60)
-RECIPE = Recipe(batch=64, steps=80, epochs=4, patience=4, valid_lists=200)
+SETTINGS = Settings(users=30, items=200, requests=6_000, topics=8, retrieved=60, position_bias=0.0)
+RECIPE = Recipe(batch=64, steps=80, epochs=6, patience=6, embedding_lr=0.01, valid_lists=200)  # short, so steep
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def agreement(log: Log, test: HeldOut, scores: np.ndarray) -> float:
 
 @pytest.mark.parametrize("network", ["ranktower", "two_tower"])
 def test_a_network_recovers_the_order_of_utilities(log: Log, test: HeldOut, tmp_path: Path, network: str) -> None:
-    """Measured: RankTower .62, popularity .56, random 0. Clicks are chances, and most users saw few items."""
+    """Measured: both about .74, popularity .61, random 0. Clicks are chances, and what a user wants is never seen."""
     train(log, tmp_path / "run", replace(RECIPE, network=network), test=False)
     trained, spec, _ = load_checkpoint(tmp_path / "run")
     lists = whole_catalogue(test, len(log.items))
     scores = score_network(trained, encode_users(spec, log, test.requests), encode_items(spec, log), lists)
     popular = agreement(log, test, np.broadcast_to(popularity(log), scores.shape))
-    assert agreement(log, test, scores) > max(0.6, popular + 0.03)
+    assert agreement(log, test, scores) > max(0.7, popular + 0.08)

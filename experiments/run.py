@@ -30,6 +30,7 @@ from experiments import tables
 from experiments.cost import measure_cost
 from experiments.study import RESULT, BusyError, Study, filled, save_scores
 from experiments.tables import DIVERGED, Budget, Row, Table, Trial, chosen, described, recipe_name, recipe_of
+from kernel.training import available
 from model.checkpoint import load_checkpoint, write_json
 from model.cli import convert, progress_bars
 from model.datasets import DATASETS
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget = tables.read_budget(options.budget)
         table = only(tables.read_table(options.table), options.rows)
         asked = data_sets(table, budget, options.data)
+        torch.set_num_threads(threads(options.jobs))
         studies = [open_study(options, data, budget) for data in asked]
         runners = [Runner(study, table, budget, options) for study in studies if study is not None]
         for runner in runners:
@@ -167,10 +169,22 @@ def work(runners: Sequence[Runner]) -> None:
             time.sleep(PAUSE_S)
 
 
+def threads(jobs: int) -> int:
+    """Of each process."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
 def share(arguments: Sequence[str], jobs: int) -> None:
     """The same command in `jobs` processes that share the cores; returns when all have ended."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    command = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "experiments.run", *arguments, "--worker"]
+    command = [
+        "env",
+        f"OMP_NUM_THREADS={threads(jobs)}",
+        sys.executable,
+        "-m",
+        "experiments.run",
+        *arguments,
+        "--worker",
+    ]
     with ExitStack() as running:
         workers = [running.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE)) for _ in range(jobs)]
         codes = [worker.wait() for worker in workers]
@@ -307,6 +321,7 @@ class Runner:
 
     def trained(self, part: Path, row: Row, recipe: Recipe, resume: bool) -> dict[str, Any]:
         """Train in a folder; what is kept of it."""
+        self.study.claim({"device": self.device, "threads": torch.get_num_threads(), "native": available()})
         with progress_bars() if self.alone else nullcontext() as progress:
             try:
                 metrics = train(
@@ -316,6 +331,7 @@ class Runner:
                     resume=resume,
                     progress=progress,
                     teacher=self.study.teacher(row.view) if recipe.teacher else None,
+                    material=self.study.material(recipe.valid_lists, row.view, teacher=recipe.teacher),
                     test=False,
                 )
             except DivergedError as error:

@@ -37,11 +37,12 @@ from experiments.views import VIEWS, WHOLE, bare
 from model.checkpoint import write_json
 from model.datasets.log import IMPRESSION, TEST, TRAIN, Log, read_log, without
 from model.datasets.schema import FILE
+from model.errors import RankTowerError
 from model.evaluate import held_out
 from model.requests import SplitRequests, fit_log_spec
-from model.sampling import Lists
+from model.sampling import Lists, on_offer
 from model.teacher import Teacher, fit_teacher
-from model.train import Recipe
+from model.train import Material, Recipe, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "result.json"
@@ -63,6 +64,10 @@ NO_PART_ADAPTERS = (
 )
 
 
+class RunError(RankTowerError):
+    """Results of two machines would meet in one table."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenLists:
     """Frozen test lists with their users: all that a metric needs beside scores."""
@@ -74,9 +79,9 @@ class FrozenLists:
 class Study:
     """The log of one data set and the places of its results; what is expensive is made when it is first asked for."""
 
-    def __init__(self, root: Path, data: str) -> None:
+    def __init__(self, root: Path, data: str, folder: Path | None = None) -> None:
         self.root, self.data, self.source = root, data, root / "logs" / data
-        self.folder = root / f"{data}-{log_digest(self.source)}-{code_version()}"
+        self.folder = folder or root / f"{data}-{log_digest(self.source)}-{code_version()}"
 
     @cached_property
     def log(self) -> Log:
@@ -104,6 +109,22 @@ class Study:
         kept = json.loads((folder / RESULT).read_text())
         soft = load_file(folder / "soft.safetensors")["soft"]
         return Teacher(soft=soft, auc=kept["auc"], logged=kept["logged"])
+
+    @cache  # noqa: B019
+    def material(self, valid_lists: int, view: str = WHOLE, *, teacher: bool = True) -> Material:
+        """What trainings read, made once for all of them."""
+        log = self.seen(view)
+        return prepare(log, fit_log_spec(log), self.teacher(view) if teacher else None, valid_lists)
+
+    def claim(self, machine: Mapping[str, Any]) -> None:
+        """Say what trains here: device, threads and kernel level decide the last digits, so that nothing else may."""
+        path = self.folder / "machine.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, machine)
+        before = json.loads(path.read_text())
+        if before != machine:
+            raise RunError(f"{self.folder} was made with {before}, this command has {machine}: use the same, or --out")
 
     def run(self, recipe: Recipe, view: str = WHOLE) -> Path:
         return self.folder / "runs" / recipe_name(recipe, view)
@@ -134,7 +155,7 @@ class Study:
                 return
             about = {}
             for name in self.sets():
-                held = held_out(self.log, TEST, random_only=SETS[name])
+                held = held_out(self.log, TEST, random_only=SETS[name], new_items=False)
                 save_lists(part / f"{name}.npz", held.lists, held.requests.user)
                 about[name] = held.describe()
             write_json(part / RESULT, {"log": facts(self.log), "sets": about, "stages": self.log.has_stages})
@@ -169,6 +190,7 @@ def facts(log: Log) -> dict[str, Any]:
     """What a reader of a table has to know of a log, as plain numbers and words."""
     train = log.split == TRAIN
     shown = train & (log.stage == IMPRESSION)
+    tested = log.item[(log.split == TEST) & (log.grade > 0)]
     return {
         "name": log.schema.name,
         "split": log.schema.split.by,
@@ -180,6 +202,7 @@ def facts(log: Log) -> dict[str, Any]:
         "train": int(train.sum()),
         "train_lists": len(np.unique(log.request[train])),
         "bare": int((train & bare(log)).sum()),
+        "new": float(np.mean(~np.isin(tested, on_offer(log)))) if len(tested) else 0.0,  # share of test positives
         "left": int((shown & (log.grade == 0)).sum()),  # shown in training and not taken
     }
 
@@ -227,7 +250,7 @@ def log_digest(folder: Path) -> str:
 
 
 def code_version(folder: Path = ROOT / "model", native: Path = ROOT / "kernel" / "cpp") -> str:
-    """12 hex digits of the code that decides results: of its syntax, so that comments and line breaks do not count.
+    """12 hex digits of the code that decides results: of its syntax without docstrings and what errors say.
 
     Of native code, only what trains; it counts as it stands.
     """
@@ -238,8 +261,18 @@ def code_version(folder: Path = ROOT / "model", native: Path = ROOT / "kernel" /
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
         if name not in spared:
-            content.update(name.encode() + ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+            content.update(name.encode() + ast.dump(wordless(ast.parse(path.read_text(encoding="utf-8")))).encode())
     return content.hexdigest()[:12]
+
+
+def wordless(tree: ast.Module) -> ast.Module:
+    """The same syntax without docstrings and without the arguments of what is raised."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            node.exc.args = []
+    return tree
 
 
 class BusyError(Exception):

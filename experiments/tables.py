@@ -165,6 +165,8 @@ def identity(value: Any) -> str:
 def recipe_name(recipe: Recipe, view: str = WHOLE) -> str:
     """What a recipe is called among files: readable first, then the hash of all of it but the device."""
     content = {key: value for key, value in asdict(recipe).items() if key != "device"}
+    if content["loss_options"].get("distill") == "softmax":  # as it is when nobody says so
+        content["loss_options"] = {key: value for key, value in recipe.loss_options.items() if key != "distill"}
     parts = [recipe.network, recipe.loss, recipe.sampler, *([] if view == WHOLE else [view]), f"seed{recipe.seed}"]
     return "-".join([*parts, identity(content)])
 

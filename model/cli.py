@@ -17,6 +17,7 @@ from model.errors import RankTowerError, TrainError
 if TYPE_CHECKING:
     from model.train import Progress, Recipe
 
+ALL = "all"  # of what `evaluate --split` takes: every event of a log
 CUTS = (5, 10, 20, 50, 100)
 NETWORK_NAMES = (
     "ranktower, two_tower, lr, dat, inttower, cold"  # of model/networks.py and model/losses.py, which import torch
@@ -201,7 +202,7 @@ def evaluate(
     log: LogFolder,
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Folder of a training run.")] = None,
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Folder of an exported bundle.")] = None,
-    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, valid or test of [split] in log.toml, or all.")] = "test",
     size: Annotated[int, typer.Option(min=2, help="Items of a list; impressions stay, however many.")] = 200,
     k: Annotated[list[int] | None, typer.Option("--k", min=1, help="Cut-offs of Recall and NDCG; repeat it.")] = None,
     random_only: Annotated[bool, typer.Option("--random-only", help="Lists of impressions and random items.")] = False,
@@ -209,22 +210,25 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint or a bundle on held-out lists, beside popularity and random on the same ones.
 
-    Prints and writes Recall@K, NDCG@K and GAUC with 95 % intervals from a bootstrap over users.
+    Prints and writes Recall@K, NDCG@K and GAUC with 95 % intervals from a bootstrap over users. The log may be one that
+    the model never saw: with --split all every request is measured, each with the history before it.
     """
     with mending():
-        from model.datasets.log import SPLITS, read_log
+        from model.datasets.log import SPLITS, TEST, all_to_test, read_log
         from model.evaluate import evaluate_bundle, evaluate_checkpoint
 
         if (checkpoint is None) == (bundle is None):
             raise TrainError("evaluate needs one of --checkpoint and --bundle: give one")
-        if split not in SPLITS:
-            raise TrainError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
+        if split not in (*SPLITS, ALL):
+            raise TrainError(f"split is {split!r}: use one of {', '.join((*SPLITS, ALL))}")
         measure, folder = (evaluate_checkpoint, checkpoint) if checkpoint else (evaluate_bundle, bundle)
         assert folder is not None
         ks = k or CUTS
         with busy("scoring the held-out lists"):
-            read = read_log(log)
-            report = measure(folder, read, split=SPLITS.index(split), size=size, random_only=random_only, ks=ks)
+            read = read_log(log, trainable=False)
+            read, part = (all_to_test(read), TEST) if split == ALL else (read, SPLITS.index(split))
+            report = measure(folder, read, split=part, size=size, random_only=random_only, ks=ks)
+            report["split"] = split
         show_rows(report["rows"], report["lists"])
         show_remarks(report, ks, size)
         write_report(out, report)
@@ -245,6 +249,8 @@ def show_remarks(report: Mapping[str, Any], ks: Sequence[int], size: int) -> Non
     """What a reader of the numbers has to know of the log beside the model."""
     new, dropped, longest = report["new"], report["dropped"], report["lists"]["size"]
     typer.echo(f"new to the model: {new['users']:,} users and {new['items']:,} items of these lists")
+    if report["missing"]:
+        typer.echo(f"not in this log, read as missing: {', '.join(report['missing'])}")
     if any(dropped.values()):
         typer.echo(
             f"dropped {dropped['unknown_user']:,} rows of users that are not in users.parquet and "

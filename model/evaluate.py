@@ -53,9 +53,17 @@ class HeldOut:
         }
 
 
-def held_out(log: Log, split: int = TEST, *, size: int = SIZE, seed: int = 0, random_only: bool = False) -> HeldOut:
-    """The frozen lists of a split. Raises DataError when no list of it holds a positive."""
-    requests, lists = evaluation_lists(log, split, size=size, seed=seed, random_only=random_only)
+def held_out(
+    log: Log,
+    split: int = TEST,
+    *,
+    size: int = SIZE,
+    seed: int = 0,
+    random_only: bool = False,
+    new_items: bool = True,
+) -> HeldOut:
+    """The frozen lists of a split (`evaluation_lists`). Raises DataError when no list of it holds a positive."""
+    requests, lists = evaluation_lists(log, split, size=size, seed=seed, random_only=random_only, new_items=new_items)
     if not (lists.grade > 0).any():
         raise DataError(f"log {log.schema.name}: no {SPLITS[split]} list has a positive: widen the split in log.toml")
     return HeldOut(requests=requests, lists=lists)
@@ -123,8 +131,12 @@ def evaluate_bundle(bundle: Path, log: Log, **options: Any) -> dict[str, Any]:
     return report(log, opened.spec, opened.manifest["network"]["name"], scorer, **options)
 
 
-def check_fit(log: Log, spec: FeatureSpec) -> None:
-    """Raise DataError unless the log has the ids and every field of the model; its users and items may all be new."""
+def check_fit(log: Log, spec: FeatureSpec) -> list[str]:
+    """The fields of the model that the log lacks: they are read as missing. Its users and items may all be new.
+
+    Raises DataError where ids differ, or where a field of the log has the name of a model's and is another.
+    """
+    absent = []
     where, names = f"log {log.schema.name}", log.schema.columns
     if (spec.user_id_type, spec.item_id_type) != (log.users.id_type, log.items.id_type):
         raise DataError(
@@ -139,17 +151,21 @@ def check_fit(log: Log, spec: FeatureSpec) -> None:
                 "or evaluate a model of this log"
             )
     for field in spec.fields:
-        known = {column.name: column.kind for column in log.schema.on(field.side)}
+        known = {column.name: column for column in log.schema.fields}
         if field.name in (HISTORY, ids.get(field.side, ("",))[0]):
             continue  # the history is made from events, the id is always there
-        if known.get(field.name) != field.kind:
-            found = f"is {known[field.name]}" if field.name in known else f"is no {field.side} field"
+        if field.name not in known:
+            absent.append(field.name)
+            continue
+        found = known[field.name]
+        if (found.side, found.kind) != (field.side, field.kind):
             raise DataError(
-                f"{where}: {field.name!r} {found}, the model reads it as a {field.kind} {field.side} field: "
-                "declare it so in log.toml, or evaluate a model of this log"
+                f"{where}: {field.name!r} is a {found.kind} {found.side} field, the model reads it as a {field.kind} "
+                f"{field.side} field: declare it so in log.toml, or evaluate a model of this log"
             )
         if field.kind != "numeric":
             check_values(log, field.name, field.side, spec.owner(field).values)
+    return absent
 
 
 def check_values(log: Log, name: str, side: Side, expected: IdType) -> None:
@@ -179,7 +195,7 @@ def report(
     ks: Sequence[int] = KS,
 ) -> dict[str, Any]:
     """Metrics of a scorer, popularity and random on the same frozen lists, as plain JSON."""
-    check_fit(log, spec)
+    absent = check_fit(log, spec)
     held = held_out(log, split, size=size, seed=seed, random_only=random_only)
     rows = {name: measure(scorer(held), held, ks)}
     rows |= {row: measure(scores, held, ks) for row, scores in baselines(log, held).items()}
@@ -188,6 +204,7 @@ def report(
         "split": SPLITS[split],
         "lists": held.describe(),
         "new": new_to(spec, log, held),
+        "missing": absent,
         "dropped": {name: log.report[name] for name in DROPPED},
         "rows": rows_to_json(rows),
     }

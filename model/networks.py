@@ -335,8 +335,7 @@ class DAT(Network):
             users, items = batch.pairs()
             a_u = self.user_augmented(batch.users)[users]
             a_v = self.item_augmented(batch.items)[items]
-            entries = batch.mask.sum()
-            terms += [self.mimic * mimic(a_u, p_v[items], entries), self.mimic * mimic(a_v, batch.user[users], entries)]
+            terms += [self.mimic * mimic(a_u, p_v[items]), self.mimic * mimic(a_v, batch.user[users])]
         if self.category is not None:
             terms.append(self.align * category_alignment(p_v, batch.items[:, self.category], most=self.categories))
         return torch.stack(terms).sum() if terms else None
@@ -464,11 +463,12 @@ class COLD(Network):
 
     Records are embeddings; all else runs per pair, where v_1..v_M are the groups' embeddings, x all side by side:
         s = sigmoid(W x + b)        one weight per group (the SE block)
-        z = MLP(LayerNorm(x) * s)
+        z = MLP(norm(x) * s)        norm: LayerNorm of the fields, and of the products, each by itself
     The paper keeps the K groups of largest mean weight and trains again: `importance` gives the means, the option
     `groups` names those to keep. A group is a field, or `user field*item field`, the product of two embeddings of one
     size. Published are the block, the widths and the selection; ours are the products, in place of crosses made by hand
-    (by default of fields that share a table, such as history*item_id), and the layer norm.
+    (by default of fields that share a table, such as history*item_id, else of the ids), and the layer norms: products
+    of embeddings are small, and one norm of all would keep them so.
     """
 
     gate_mean: Tensor  # (M,) of s over the last 100 training batches or so
@@ -504,7 +504,9 @@ class COLD(Network):
         self.register_buffer("spread", spread, persistent=False)  # (D,) the group of each unit of x
         self.register_buffer("gate_mean", torch.full((len(chosen.names),), 0.5))
         self.se = nn.Linear(size, len(chosen.names))
-        self.norm = nn.LayerNorm(size)
+        crosses = len(chosen.crossed["user"])
+        self.norm = nn.LayerNorm(size - crosses)
+        self.cross_norm = nn.LayerNorm(crosses) if crosses else None
         self.mlp = nn.Sequential(*_relus(size, hidden, 1))
 
     def user(self, x: Tensor) -> Tensor:
@@ -518,11 +520,14 @@ class COLD(Network):
         with torch.autocast(user.device.type, enabled=False):
             user, item = wide(user).unsqueeze(1), wide(item)
             crosses = user[..., self.crossed.user] * item[..., self.crossed.item]
-            x = torch.cat([user[..., self.alone.user].expand(b, n, -1), item[..., self.alone.item], crosses], dim=2)
-            gate = self.se(x).sigmoid()  # (b, n, M)
+            fields = torch.cat([user[..., self.alone.user].expand(b, n, -1), item[..., self.alone.item]], dim=2)
+            gate = self.se(torch.cat([fields, crosses], dim=2)).sigmoid()  # (b, n, M)
             if self.training:
                 self.gate_mean.lerp_(gate.detach().mean(dim=(0, 1)), 0.01)
-            scores: Tensor = self.mlp(self.norm(x) * gate[..., self.spread]).squeeze(2)
+            normed = self.norm(fields)
+            if self.cross_norm is not None:
+                normed = torch.cat([normed, self.cross_norm(crosses)], dim=2)
+            scores: Tensor = self.mlp(normed * gate[..., self.spread]).squeeze(2)
             return scores
 
     def importance(self) -> dict[str, float]:
@@ -550,7 +555,9 @@ class Groups:
         crosses = {f"{u.name}*{i.name}": (u, i) for u, i in pairs}
         if wanted is None:
             shared = [name for name, (u, i) in crosses.items() if spec.table_of(u) == spec.table_of(i)]
-            wanted = [*fields["user"], *fields["item"], *shared]
+            ids = f"{spec.user_id_name}*{spec.item_id_name}"
+            products = shared or [name for name in crosses if name == ids]
+            wanted = [*fields["user"], *fields["item"], *products]
         self._check(wanted, {*fields["user"], *fields["item"]}, set(crosses))
         crossed = {name: pair for name, pair in crosses.items() if name in wanted}
         single = {tower: [name for name in known if name in wanted] for tower, known in fields.items()}

@@ -29,13 +29,14 @@ class Batch(NamedTuple):
         return row, self.place[row, column]
 
 
-def mimic(augmented: Tensor, vector: Tensor, pairs: Tensor) -> Tensor:
-    """sum over positive pairs of |a - p|^2 / pairs; a, p: (positives, d), `pairs` counts the negatives, too.
+def mimic(augmented: Tensor, vector: Tensor) -> Tensor:
+    """Mean over positive pairs of |a - p|^2; a, p: (positives, d). 0 without one.
 
     Yu et al., DLP-KDD 2021: the mean over pairs of (y a + (1 - y) p - p)^2, which is 0 where y = 0; only a has a
-    gradient. The square of a vector is read as its squared norm.
+    gradient. The square of a vector is read as its squared norm. Ours: negatives do not count in the mean, for there
+    are a hundred to a positive here, beside losses that are means over lists.
     """
-    return (wide(augmented) - wide(vector).detach()).square().sum() / pairs
+    return (wide(augmented) - wide(vector).detach()).square().sum() / max(len(augmented), 1)
 
 
 def category_alignment(vectors: Tensor, category: Tensor, *, most: int) -> Tensor:

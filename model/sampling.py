@@ -3,7 +3,8 @@
 Training lists hold the impressions of a request; candidates (D_C) and random items (D_R) are drawn anew for every
 epoch. Evaluation lists are built once from the past and a seed, and named by a digest. Where a log carries its own
 stages, both use those and nothing is simulated. An item that was not shown and that its user takes is never a negative:
-takes in training for training lists, ever for evaluation lists.
+takes in training for training lists, ever for evaluation lists. Random items are drawn among those that events up to
+then name: one that first appears later is no negative, for nobody could have offered it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import faiss
 import numpy as np
@@ -127,6 +129,12 @@ def taken_pairs(log: Log, events: np.ndarray) -> Taken:
     return Taken(keys=np.unique(log.user[chosen].astype(np.int64) * count + log.item[chosen]), items=count)
 
 
+def on_offer(log: Log, split: int = TRAIN) -> np.ndarray:
+    """Rows of the items that events name until the end of a split, rising, (k,) int32; all items if there are none."""
+    named = np.bincount(log.item[(log.split >= TRAIN) & (log.split <= split)], minlength=len(log.items)) > 0
+    return np.flatnonzero(named if named.any() else ~named).astype(np.int32)
+
+
 def popularity(log: Log) -> np.ndarray:
     """How often each item was taken in training; (I,) float64."""
     taken = (log.split == TRAIN) & (log.grade > 0)
@@ -221,7 +229,7 @@ def _search_index(factors: np.ndarray) -> faiss.Index:
 # --- training lists -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingSet:
     """Everything that a sampler draws from, resident as arrays."""
 
@@ -229,24 +237,55 @@ class TrainingSet:
     logged: Lists
     pool: np.ndarray | None  # (L, M) int32 retrieved rows; None where the log carries its own stages
     taken: Taken
-    weight: np.ndarray  # (I,) float64, how often each item was taken in training
+    offered: np.ndarray  # (k,) int32 rows of the items that random ones are drawn among
+    weight: np.ndarray  # (k,) float64, how often each of them was taken in training
 
     def __len__(self) -> int:
         return len(self.requests)
 
+    @lru_cache(maxsize=1)  # noqa: B019 (of the last one: a training has one sampler)
+    def chances(self, power: float) -> np.ndarray:
+        """Running sums of (times taken + 1)^power over the items on offer; (k,) float64."""
+        steps: np.ndarray = np.cumsum((self.weight + 1.0) ** power)
+        return steps
 
-def training_set(log: Log, soft: np.ndarray | None = None, *, pool: int = POOL, seed: int = 0) -> TrainingSet:
+
+def training_set(log: Log, soft: np.ndarray | None = None, *, pool: int = POOL) -> TrainingSet:
     """The training lists that hold a positive, with retrieved candidates unless the log has stages.
 
     soft: (e,) float32 soft label of every event, or None.
     """
     requests = requests_of(log, TRAIN)
     taken = taken_pairs(log, log.split == TRAIN)
-    logged = logged_lists(log, requests, taken, soft, seed)
+    logged = logged_lists(log, requests, taken, soft)
     kept = np.flatnonzero((logged.grade > 0).any(axis=1))
     requests, logged = requests.take(kept), logged.take(kept)
-    retrieved = None if log.has_stages else retrieve(fit_retrieval(log, seed=seed), requests.history, pool)
-    return TrainingSet(requests=requests, logged=logged, pool=retrieved, taken=taken, weight=popularity(log))
+    offered = on_offer(log)
+    return TrainingSet(
+        requests=requests,
+        logged=logged,
+        pool=None if log.has_stages else retrieve(fit_retrieval(log), tastes(log, requests), pool),
+        taken=taken,
+        offered=offered,
+        weight=popularity(log)[offered],
+    )
+
+
+def tastes(log: Log, requests: SplitRequests) -> np.ndarray:
+    """What retrieval knows of each training request's user: the history, (L, H) int32, NONE after the end.
+
+    Where a log has no times, no request has a past (most users have one training list). There it is what the user took
+    in training, at most RECENT items; those of the list itself become no negatives, only their neighbours do.
+    """
+    if log.schema.split.by != "hash":
+        return requests.history
+    taken = np.flatnonzero((log.split == TRAIN) & (log.grade > 0))
+    taken = taken[np.argsort(log.user[taken], kind="stable")]
+    place = _place_in_run(log.user[taken])
+    taken, place = taken[place < RECENT], place[place < RECENT]
+    known = np.full((len(log.users), RECENT), NONE, dtype=np.int32)
+    known[log.user[taken], place] = log.item[taken]
+    return np.asarray(known[requests.user])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,12 +317,10 @@ class Sampler:
         return trimmed(_complete(logged, items, stage, data.taken, data.requests.user[rows]))
 
     def _random_items(self, data: TrainingSet, count: int, rng: np.random.Generator) -> np.ndarray:
-        """(count, random) int32 rows of the catalogue."""
-        shape = (count, self.random)
-        if self.power == 0.0:
-            return rng.integers(0, data.taken.items, shape, dtype=np.int32)
-        steps = np.cumsum((data.weight + 1.0) ** self.power)
-        return np.asarray(np.searchsorted(steps, rng.random(shape) * steps[-1], side="right"), dtype=np.int32)
+        """(count, random) int32 rows of items on offer."""
+        steps = data.chances(self.power)
+        drawn = np.searchsorted(steps, rng.random((count, self.random)) * steps[-1], side="right")
+        return np.asarray(data.offered[drawn])
 
     def _bounded(self, logged: Lists, rng: np.random.Generator) -> Lists:
         """The logged rows, at most so many of each stage, positives first, the rest at random."""
@@ -384,7 +421,7 @@ def _sampler(options: dict[str, float]) -> Sampler:
 
 
 def evaluation_lists(
-    log: Log, split: int, *, size: int = 200, seed: int = 0, random_only: bool = False
+    log: Log, split: int, *, size: int = 200, seed: int = 0, random_only: bool = False, new_items: bool = True
 ) -> tuple[SplitRequests, Lists]:
     """The requests of a split and their frozen lists of up to `size` items each.
 
@@ -392,6 +429,9 @@ def evaluation_lists(
     a quarter to popular items of the request's scenario (drawn by training count^0.75); what one source cannot fill,
     random items do. No contestant resembles these sources. With logged stages the logged rows are the list, and a
     request of which none is left is left out.
+
+    Without `new_items`, items that no training event names are neither positives nor negatives: where many positives
+    are new, a list is won by ranking all that is unknown first.
     """
     requests = requests_of(log, split)
     taken = taken_pairs(log, np.ones(len(log.grade), dtype=bool))
@@ -401,13 +441,16 @@ def evaluation_lists(
         return requests.take(filled), logged.take(filled)
     rng = np.random.default_rng([seed, split])
     sources = None if random_only else Sources(covisited(log), *scenario_popularity(log, requests))
+    offered = on_offer(log, split if new_items else TRAIN)
+    if not new_items:
+        logged = _packed(logged, logged.mask & np.isin(logged.item, offered))
     blocks = []
     for start in range(0, len(requests), BLOCK):
         rows = np.arange(start, min(start + BLOCK, len(requests)))
         part, shown = requests.take(rows), logged.take(rows)
         room = np.maximum(size - shown.mask.sum(axis=1), 0)
         proposals = [] if sources is None else sources.propose(part, rows, room // 4, rng)
-        proposals.append((_draw_uniform(len(rows), taken.items, size, rng), room, RANDOM))
+        proposals.append((offered[_draw_uniform(len(rows), len(offered), size, rng)], room, RANDOM))
         blocks.append(_fill(shown, proposals, size, taken, part.user))
     return requests, _stacked(blocks)
 

@@ -45,7 +45,7 @@ from model.sampling import SAMPLERS, Lists, Sampler, TrainingSet, item_factors, 
 from model.scoring import score_network
 from model.teacher import Teacher, fit_teacher
 
-__all__ = ["Recipe", "load_checkpoint", "train"]
+__all__ = ["Recipe", "load_checkpoint", "prepare", "train"]
 
 WARMUP_REQUESTS = 50
 HELD_OUT_REQUESTS = 300
@@ -143,18 +143,19 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     teacher: Teacher | None = None,
+    material: Material | None = None,
     test: bool = True,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Train by a recipe into the folder `out`; returns what metrics.json holds.
 
     Stops early on validation NDCG@10. With `resume`, goes on from the last whole epoch in `out`, bit for bit as if it
-    had never stopped. `teacher`: one fitted before on this log, to share among runs. Without `test` no test list is
-    made, so that the log may lack those events. Of several `processes` (model/distributed.py), all with the same log
-    and `out`, the first alone validates and writes; all return the same. Raises TrainError when `out` holds something
-    else or the recipe does not fit, DivergedError when the loss is no longer finite.
+    had never stopped. `teacher`, `material`: made before from this log (`prepare`), to share among runs. Without `test`
+    no test list is made, so that the log may lack those events. Of several `processes` (model/distributed.py), all with
+    the same log and `out`, the first alone validates and writes; all return the same. Raises TrainError when `out`
+    holds something else or the recipe does not fit, DivergedError when the loss is no longer finite.
     """
-    say = progress or (lambda what, done, total: None)
+    say = progress or _silent
     _check(recipe)
     if not resume:
         check_run(out)
@@ -165,7 +166,7 @@ def train(
     if teacher is None or not recipe.teacher:
         teacher = _teacher(log, spec, recipe, out, resume, say) if processes.lead else None
         teacher = _shared(teacher, log, processes)
-    material = _material(log, spec, teacher, recipe, say)
+    material = material or prepare(log, spec, teacher, recipe.valid_lists, say)
     while done["epoch"] < recipe.epochs and done["epoch"] - done["best_epoch"] < recipe.patience:
         line = _epoch(learner, material, recipe, done["epoch"] + 1, say, processes)
         if processes.lead:
@@ -179,6 +180,10 @@ def train(
         load_weights(learner.best, out / "weights.safetensors")
         metrics = _finish(log, out, learner.best, material, teacher, done, say, test)
     return cast(dict[str, Any], processes.told(metrics))
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody asked for."""
 
 
 # --- set-up ---------------------------------------------------------------------------------------------
@@ -212,7 +217,10 @@ def make_sampler(recipe: Recipe) -> Sampler:
 
 
 def _set_up(recipe: Recipe, spec: FeatureSpec, log: Log) -> Learner:
-    """Seeded network and loss, and AdamW with the embedding tables in a group of their own, without decay."""
+    """Seeded network and loss, and AdamW with the embedding tables in a group of their own.
+
+    Matrices of the network decay; tables, and vectors and scalars such as norms, biases, scales and margins, do not.
+    """
     torch.manual_seed(recipe.seed)
     network = build_network(recipe.network, spec, recipe.options)
     if recipe.item_start == "factors":
@@ -224,10 +232,13 @@ def _set_up(recipe: Recipe, spec: FeatureSpec, log: Log) -> Learner:
     except (TypeError, ValueError) as error:
         raise TrainError(f"loss {recipe.loss!r} does not take these options ({error})") from error
     tables = {id(p) for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    parameters = [*network.parameters(), *loss.parameters()]
-    rest, embeddings = ([p for p in parameters if (id(p) in tables) == wanted] for wanted in (False, True))
+    embeddings = [p for p in network.parameters() if id(p) in tables]
+    plain = {name: p for name, p in network.named_parameters() if id(p) not in tables}
+    vectors = [p for name, p in plain.items() if p.dim() < 2 or name.endswith("bias")]
+    matrices = [p for name, p in plain.items() if p.dim() > 1 and not name.endswith("bias")]
     groups = [
-        {"params": rest, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"params": matrices, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"params": [*vectors, *loss.parameters()], "lr": recipe.lr, "weight_decay": 0.0},
         {"params": embeddings, "lr": recipe.embedding_lr, "weight_decay": 0.0},
     ]
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.average))  # type: ignore[no-untyped-call]
@@ -320,16 +331,22 @@ def _shared(teacher: Teacher | None, log: Log, processes: Processes) -> Teacher 
     return Teacher(soft=processes.filled(soft), **about)
 
 
-def _material(log: Log, spec: FeatureSpec, teacher: Teacher | None, recipe: Recipe, say: Progress) -> Material:
-    """Encode everything once."""
+def prepare(
+    log: Log, spec: FeatureSpec, teacher: Teacher | None, valid_lists: int, progress: Progress | None = None
+) -> Material:
+    """Encode everything once: no seed is in it. Raises TrainError where a log has nothing to train on or to validate.
+
+    Validation lists hold no new items, of which most training steps could tell nothing (model/sampling.py).
+    """
+    say = progress or _silent
     say("lists", 0, 3)
-    data = training_set(log, None if teacher is None else teacher.soft, seed=recipe.seed)
+    data = training_set(log, None if teacher is None else teacher.soft)
     if not len(data):
         raise TrainError(
             f"log {log.schema.name}: no training list has a positive: check the feedback columns in log.toml"
         )
     say("lists", 1, 3)
-    valid = _sampled(held_out(log, VALID), recipe.valid_lists)
+    valid = _sampled(held_out(log, VALID, new_items=False), valid_lists)
     say("lists", 2, 3)
     users, valid_users = (encode_users(spec, log, part) for part in (data.requests, valid.requests))
     say("lists", 3, 3)

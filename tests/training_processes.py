@@ -18,7 +18,7 @@ from model.features import FeatureSpec
 from model.losses import LOSSES
 from model.requests import fit_log_spec
 from model.teacher import fit_teacher
-from model.train import Learner, Recipe, _epoch, _material, _set_up, train
+from model.train import Learner, Recipe, _epoch, _set_up, prepare, train
 
 SMALL = {"user_heads": 2, "item_heads": 2, "dim": 8, "hidden": 16, "dropout": 0.0}
 RECIPE = Recipe(
@@ -55,7 +55,7 @@ def stepped(log: Log, out: Path, processes: Processes) -> None:
     """Weights after four steps of plain gradient descent, which moves them by the gradient itself, by recipe."""
     out.mkdir()
     spec = fit_log_spec(log)
-    material = _material(log, spec, fit_teacher(log, spec), RECIPE, lambda *_: None)
+    material = prepare(log, spec, fit_teacher(log, spec), RECIPE.valid_lists)
     for name, recipe in STEPS.items():
         learner = descending(recipe, spec, log)
         _epoch(learner, material, replace(recipe, steps=4, clip=1e9), 1, lambda *_: None, processes)
@@ -74,7 +74,7 @@ def descending(recipe: Recipe, spec: FeatureSpec, log: Log) -> Learner:
 def refusals(log: Log, processes: Processes) -> dict[str, str]:
     """What each process says of trainings that went wrong in the second one alone."""
     spec = fit_log_spec(log)
-    material = _material(log, spec, None, RECIPE, lambda *_: None)
+    material = prepare(log, spec, None, RECIPE.valid_lists)
     recipe = replace(RECIPE, network="dat", options={"align": 0.0}, loss="softmax")
     weights, term = (descending(recipe, spec, log) for _ in range(2))
     if not processes.lead:

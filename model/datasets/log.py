@@ -35,7 +35,7 @@ from model.labels import grades
 
 __all__ = [
     "CANDIDATE", "IMPRESSION", "PADDING", "RANDOM", "SPLITS", "STAGES", "TEST", "TRAIN", "VALID",
-    "Log", "Requests", "Table", "histories", "latest_histories", "read_log", "requests", "without",
+    "Log", "Requests", "Table", "all_to_test", "histories", "latest_histories", "read_log", "requests", "without",
 ]  # fmt: skip
 
 PADDING = -1
@@ -110,6 +110,11 @@ def without(log: Log, split: int) -> Log:
     )
 
 
+def all_to_test(log: Log) -> Log:
+    """The log with all its events in the test split; its requests stay as they are."""
+    return replace(log, split=np.full(len(log), TEST, np.int8))
+
+
 def requests(log: Log) -> Requests:
     """The requests of a log in its order, which is that of their time."""
     _, first, counts = lists.runs(log.request)
@@ -150,8 +155,11 @@ def _last_taken(log: Log, user: NDArray[np.int32], before: NDArray[np.int64], le
     return found
 
 
-def read_log(folder: Path) -> Log:
-    """Read a folder in the documented form. Raises DataError naming file, column, row and remedy."""
+def read_log(folder: Path, *, trainable: bool = True) -> Log:
+    """Read a folder in the documented form. Raises DataError naming file, column, row and remedy.
+
+    What is to be measured only need not be `trainable`, which asks for something taken in every split.
+    """
     schema = read_schema(folder / FILE)
     names = schema.columns
     users, user_ids = _table(folder / "users.parquet", names.user, schema.on("user"))
@@ -160,7 +168,8 @@ def read_log(folder: Path) -> Log:
     report = {"events": len(raw)}
     known = clear_negative(drop_unknown(raw, report, folder / "events.parquet"), report)
     events = join_repeats(in_order(group(known, schema, users.ids, items.ids)), report)
-    check_splits(events, schema, folder)
+    if trainable:
+        check_splits(events, schema, folder)
     report["kept"] = len(events)
     return Log(
         schema=schema,

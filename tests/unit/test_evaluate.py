@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from model.datasets.log import IMPRESSION, TEST, TRAIN, VALID, Log, read_log
+from model.datasets.log import IMPRESSION, TEST, TRAIN, VALID, Log, all_to_test, read_log
 from model.datasets.schema import parse_schema
 from model.errors import DataError
 from model.evaluate import HeldOut, baselines, check_fit, evaluate_bundle, evaluate_checkpoint, held_out, measure
@@ -136,11 +136,10 @@ def test_a_log_with_ids_of_another_type_is_refused(run: Path, tmp_path: Path) ->
     [
         ('"user_id"', '"uid"', "user id is column 'uid', .* trained with 'user_id': rename"),
         ('"item_id"', '"sku"', "item id is column 'sku', the model was trained with 'item_id'"),
-        ('name = "age"', 'name = "size"', "'age' is no user field, the model reads it as a numeric user field"),
-        ('name = "hour"', 'name = "minute"', "'hour' is no context field"),
-        ('name = "price"\nside = "item"', 'name = "price"\nside = "context"', "'price' is no item field"),
+        ('name = "price"\nside = "item"', 'name = "price"\nside = "context"',
+         "'price' is a numeric context field, the model reads it as a numeric item field"),
         ('"category"\nside = "item"\nkind = "categorical"', '"category"\nside = "item"\nkind = "numeric"',
-         "'category' is numeric, the model reads it as a categorical item field: declare it so"),
+         "'category' is a numeric item field, the model reads it as a categorical item field: declare it so"),
     ],
 )  # fmt: skip
 def test_a_log_that_the_model_does_not_fit_is_refused(
@@ -153,11 +152,37 @@ def test_a_log_that_the_model_does_not_fit_is_refused(
         evaluate_checkpoint(run, other)
 
 
+def test_fields_that_the_log_lacks_are_missing_and_named(run: Path, log: Log, tmp_path: Path) -> None:
+    document = (write_tiny_log(tmp_path) / "log.toml").read_text()
+    for old, new in (('name = "age"', 'name = "size"'), ('name = "hour"', 'name = "minute"')):
+        assert old in document
+        document = document.replace(old, new)
+    columns = {**log.users.columns, "size": log.users.columns["age"]}
+    del columns["age"]
+    other = replace(
+        log,
+        schema=parse_schema(tomllib.loads(document), "log.toml"),
+        users=replace(log.users, columns=columns),
+        context={("minute" if name == "hour" else name): column for name, column in log.context.items()},
+    )
+    report = evaluate_checkpoint(run, other)
+    assert report["missing"] == ["age", "hour"]
+    assert report["rows"]["ranktower"] != evaluate_checkpoint(run, log)["rows"]["ranktower"]
+
+
+def test_every_request_of_a_log_can_be_measured(run: Path, tmp_path: Path) -> None:
+    folder = changed_log(tmp_path, no_test)
+    log = all_to_test(read_log(folder, trainable=False))
+    report = evaluate_checkpoint(run, log)
+    assert report["lists"]["lists"] + report["lists"]["left_out"] == log.request[-1] + 1
+    assert report["rows"]["popularity"] == report["rows"]["random"]  # nothing was trained on
+
+
 def test_a_log_without_history_and_with_more_fields_fits(log: Log) -> None:
     known = tuple(field for field in log.schema.fields if field.name != "history")
     bare = replace(log, schema=replace(log.schema, fields=known))
     fewer = tuple(field for field in known if field.name not in ("age", "user_id", "item_id"))
-    check_fit(bare, fit_log_spec(log))
+    assert check_fit(bare, fit_log_spec(log)) == []
     check_fit(log, fit_log_spec(replace(log, schema=replace(log.schema, fields=fewer))))
     check_fit(replace(log, schema=replace(log.schema, fields=tuple(f for f in known if f.name != "user_id"))),
               fit_log_spec(log))  # fmt: skip

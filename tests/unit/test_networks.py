@@ -305,8 +305,16 @@ def cold_in_numpy(net: COLD, user: Tensor, item: Tensor) -> np.ndarray:
     groups = [*fields, fields[1] * fields[4]]  # history * item_id, which share a table
     x = np.concatenate(groups, axis=1)
     gate = 1 / (1 + np.exp(-(x @ w["se.weight"].T + w["se.bias"])))  # (n, 8)
-    h = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
-    h = h * w["norm.weight"] + w["norm.bias"]
+    h = np.concatenate(
+        [
+            (part - part.mean(axis=1, keepdims=True))
+            / np.sqrt(part.var(axis=1, keepdims=True) + 1e-5)
+            * w[f"{norm}.weight"]
+            + w[f"{norm}.bias"]
+            for norm, part in (("norm", x[:, :40]), ("cross_norm", x[:, 40:]))
+        ],
+        axis=1,
+    )
     h = np.concatenate(
         [part * gate[:, [k]] for k, part in enumerate(np.split(h, [8, 16, 20, 24, 32, 36, 40], axis=1))], axis=1
     )
@@ -326,6 +334,13 @@ def test_cold_gates_its_groups_and_runs_one_network_over_them() -> None:
         found = net.score(user, item)
     for row in range(4):
         np.testing.assert_allclose(found[row], cold_in_numpy(net, user[row], item[row]), rtol=1e-4, atol=1e-5)
+
+
+def test_cold_crosses_the_ids_where_no_fields_share_a_table() -> None:
+    fields = [field for field in SPEC.fields if field.name in ("user_id", "item_id", "price")]
+    net = NETWORKS["cold"](FeatureSpec(tuple(fields), "string", "int"))
+    assert isinstance(net, COLD)
+    assert net.groups == ["user_id", "item_id", "price", "user_id*item_id"]
 
 
 def test_cold_keeps_the_groups_that_are_named_and_records_hold_no_others() -> None:
@@ -411,11 +426,10 @@ def test_dat_s_mimic_term_moves_the_augmented_vectors_alone() -> None:
     batch = batch_of(net)
     users, items = batch.pairs()
     a_u, a_v = net.user_augmented(batch.users)[users], net.item_augmented(batch.items)[items]
-    entries = batch.mask.sum()
     p_u, p_v = batch.user[users], batch.item[items, :-1]
     own = net.regulariser(batch)
     assert own is not None
-    torch.testing.assert_close(own, 0.25 * (mimic(a_u, p_v, entries) + mimic(a_v, p_u, entries)))
+    torch.testing.assert_close(own, 0.25 * (mimic(a_u, p_v) + mimic(a_v, p_u)))
 
 
 def test_dat_s_alignment_moves_the_item_side_alone_and_reads_the_category_that_is_named() -> None:

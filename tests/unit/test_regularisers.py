@@ -29,17 +29,17 @@ def test_the_positive_pairs_of_a_batch_name_users_and_distinct_items() -> None:
 # --- mimic -----------------------------------------------------------------------------------------------------------
 
 
-def test_mimic_is_the_printed_mean_over_all_pairs() -> None:
+def test_mimic_is_the_printed_sum_over_all_pairs_in_a_mean_of_the_positive_ones() -> None:
     y = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.double)
     a, p = torch.randn(5, 3, dtype=torch.double), torch.randn(5, 3, dtype=torch.double)
-    printed = sum(float((y[k] * a[k] + (1 - y[k]) * p[k] - p[k]).square().sum()) for k in range(5)) / 5
-    found = mimic(a[y > 0], p[y > 0], torch.tensor(5))
-    assert float(found) == pytest.approx(printed)
+    printed = sum(float((y[k] * a[k] + (1 - y[k]) * p[k] - p[k]).square().sum()) for k in range(5)) / 2
+    assert float(mimic(a[y > 0], p[y > 0])) == pytest.approx(printed)
+    assert float(mimic(a[:0], p[:0])) == 0.0
 
 
 def test_only_the_augmented_vector_learns_to_mimic() -> None:
     a, p = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    mimic(a, p, torch.tensor(4)).backward()  # type: ignore[no-untyped-call]
+    mimic(a, p).backward()  # type: ignore[no-untyped-call]
     assert a.grad is not None
     torch.testing.assert_close(a.grad, (a - p).detach() / 2)
     assert p.grad is None

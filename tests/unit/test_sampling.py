@@ -6,11 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from model.datasets import taobao
 from model.datasets.log import CANDIDATE, IMPRESSION, PADDING, RANDOM, TEST, TRAIN, VALID, Log, read_log
 from model.requests import NONE, requests_of
 from model.sampling import (
+    RECENT,
     SAMPLERS,
     Retrieval,
     Sampler,
@@ -20,8 +24,10 @@ from model.sampling import (
     first_occurrences,
     fit_retrieval,
     item_factors,
+    on_offer,
     retrieve,
     taken_pairs,
+    tastes,
     training_set,
 )
 from tests.logs import write_tiny_log
@@ -100,9 +106,69 @@ def test_random_items_are_drawn_anew_but_repeat_under_one_seed(data: TrainingSet
 def test_popularity_power_prefers_what_was_taken_often(data: TrainingSet) -> None:
     def mean_weight(power: float) -> float:
         lists = Sampler(candidates=0, random=60, power=power).draw(data, np.arange(len(data)), np.random.default_rng(5))
-        return float(data.weight[lists.item[lists.stage == RANDOM]].mean())
+        taken = dict(zip(data.offered.tolist(), data.weight.tolist(), strict=True))
+        return float(np.mean([taken[item] for item in lists.item[lists.stage == RANDOM].tolist()]))
 
     assert mean_weight(0.75) > 1.2 * mean_weight(0.0)
+
+
+def test_an_item_that_only_later_events_name_is_no_negative_of_earlier_lists(log: Log) -> None:
+    later = with_new_items(log)
+    assert set(range(290, 300)).isdisjoint(on_offer(later))
+    data = training_set(later)
+    rows = np.arange(len(data))
+    for power in (0.0, 0.75):
+        lists = Sampler(random=250, power=power).draw(data, rows, np.random.default_rng(0))
+        assert lists.item[lists.mask].max() < 290
+    _, lists = evaluation_lists(later, VALID)
+    assert set(np.unique(lists.item[lists.mask & (lists.stage != IMPRESSION)])) <= set(on_offer(later, VALID).tolist())
+    _, lists = evaluation_lists(later, TEST)
+    assert set(range(290, 300)) <= set(np.unique(lists.item[lists.stage == RANDOM]))  # all are named by then
+
+
+def test_lists_can_be_kept_free_of_items_that_training_never_saw(log: Log) -> None:
+    later = with_new_items(log)
+    requests, lists = evaluation_lists(later, TEST, new_items=False)
+    everything, found = evaluation_lists(later, TEST)
+    assert lists.item[lists.mask].max() < 290 <= found.item[found.mask].max()
+    np.testing.assert_array_equal(requests.first, everything.first)
+    old = found.grade * (found.item < 290)
+    np.testing.assert_array_equal((lists.grade > 0).sum(axis=1), (old > 0).sum(axis=1))
+
+
+def with_new_items(log: Log) -> Log:
+    """The log with its last ten items in no event but some of the test's."""
+    item, test = log.item % 290, np.flatnonzero(log.split == TEST)
+    item[test[::7]] = np.resize(np.arange(290, 300), len(test[::7]))
+    return replace(log, item=item)
+
+
+def test_nothing_named_is_all_on_offer(log: Log) -> None:
+    assert len(on_offer(replace(log, split=np.full(len(log), TEST, np.int8)))) == len(log.items)
+
+
+def test_without_times_retrieval_asks_with_what_the_user_took_in_training(tmp_path: Path) -> None:
+    log = read_log(write_pairs(tmp_path, users=30, items=40, pairs=300))
+    requests = requests_of(log, TRAIN)
+    known = tastes(log, requests)
+    for user, asked in zip(requests.user.tolist(), known.tolist(), strict=True):
+        taken = log.item[(log.split == TRAIN) & (log.grade > 0) & (log.user == user)]
+        assert [item for item in asked if item != NONE] == taken[:RECENT].tolist()
+
+
+def write_pairs(folder: Path, *, users: int, items: int, pairs: int) -> Path:
+    """A log of Taobao's form: pairs without times, divided by a hash."""
+    rng = np.random.default_rng(0)
+    pair = np.unique(rng.integers(0, users * items, pairs))
+    source = folder / "source"
+    source.mkdir()
+    view = np.ones(len(pair), np.int8)
+    cart = rng.random(len(pair)) < 0.3
+    columns = {"user_id": pair // items, "item_id": pair % items, "view": view, "cart": cart, "buy": cart & False}
+    pq.write_table(
+        pa.table({name: np.asarray(column, np.int64) for name, column in columns.items()}), source / taobao.PAIRS
+    )
+    return taobao.convert(source, folder / "log")
 
 
 def test_lists_without_a_positive_are_not_trained_on(log: Log, data: TrainingSet) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.study import load_scores, places, save_scores
+from experiments.study import RunError, Study, code_version, load_scores, places, save_scores
 from model.metrics import ndcg, rank, recall
 
 
@@ -34,3 +34,33 @@ def test_what_is_kept_has_the_metrics_of_the_scores(tmp_path: Path) -> None:
     for metric in (recall, ndcg):
         expected = metric(rank(scores, grade, mask), 5)
         np.testing.assert_array_equal(metric(rank(kept, grade, mask), 5), expected)
+
+
+def test_words_decide_no_result_and_code_does(tmp_path: Path) -> None:
+    native, model = tmp_path / "cpp", tmp_path / "model"
+    for folder in (native, model):
+        folder.mkdir()
+    for name in ("differentiate.h", "training.cpp"):
+        (native / name).write_text("")
+
+    def version(text: str) -> str:
+        (model / "loss.py").write_text(text)
+        return code_version(model, native)
+
+    first = version('def f(x):\n    """One."""\n    if x < 0:\n        raise ValueError(f"{x} is low")\n    return x\n')
+    assert (
+        version('def f(x):\n    """Two."""\n    if x < 0:\n        raise ValueError(f"{x}: low")\n    return x\n')
+        == first
+    )
+    assert (
+        version('def f(x):\n    """One."""\n    if x < 1:\n        raise ValueError(f"{x} is low")\n    return x\n')
+        != first
+    )
+
+
+def test_results_of_another_machine_do_not_mix(tmp_path: Path) -> None:
+    study = Study(tmp_path, "tiny", folder=tmp_path / "tiny")
+    study.claim({"device": "cpu", "threads": 1})
+    study.claim({"device": "cpu", "threads": 1})
+    with pytest.raises(RunError, match=r"made with .*'threads': 1.*, this command has .*'threads': 2"):
+        study.claim({"device": "cpu", "threads": 2})

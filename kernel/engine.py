@@ -7,6 +7,7 @@ Levels, worst first: `numpy` (the reference; what serves where the extension was
 from __future__ import annotations
 
 import logging
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -147,6 +148,8 @@ class Index:
 class Finder(Protocol):
     """An opened index."""
 
+    texts: bool  # whether its ids are
+
     def __len__(self) -> int: ...
 
     def lookup(self, ids: Ids) -> NDArray[np.int32]:
@@ -161,6 +164,7 @@ def open_index(index: Index) -> Finder:
 class _NativeFinder:
     def __init__(self, index: Index) -> None:
         assert native is not None
+        self.texts = index.text is not None
         try:
             self.ids = native.Ids(index.buckets, index.count, index.offsets, index.text, index.salt)
         except (ValueError, TypeError) as error:
@@ -170,15 +174,17 @@ class _NativeFinder:
         return len(self.ids)
 
     def lookup(self, ids: Ids) -> NDArray[np.int32]:
-        try:
-            found: NDArray[np.int32] = (
-                self.ids.lookup_texts(ids.data, ids.starts, ids.sizes)
-                if isinstance(ids, Texts)
-                else self.ids.lookup(ids)
-            )
-        except ValueError as error:
-            raise KernelError(str(error)) from error
-        return found
+        return _looked_up(self.ids, ids)
+
+
+def _looked_up(where: Any, ids: Ids) -> NDArray[np.int32]:
+    try:
+        found: NDArray[np.int32] = (
+            where.lookup_texts(ids.data, ids.starts, ids.sizes) if isinstance(ids, Texts) else where.lookup(ids)
+        )
+    except ValueError as error:
+        raise KernelError(str(error)) from error
+    return found
 
 
 class _NumpyFinder:
@@ -189,7 +195,7 @@ class _NumpyFinder:
             raise KernelError("the index cannot be opened (a bucket holds a key twice)")
         if index.buckets[:, reference.SPILLED].all():
             raise KernelError("the index cannot be opened (every bucket has spilled: a search would not end)")
-        self.index = index
+        self.index, self.texts = index, index.text is not None
 
     def __len__(self) -> int:
         return self.index.count
@@ -232,8 +238,15 @@ class Table(Protocol):
 
     def __len__(self) -> int: ...
 
+    def under(self, rows: NDArray[np.uint8], finder: Finder) -> Table:
+        """The same table below newer records: rows (r, stride) of the first r ids of `finder`; the others are deleted.
+
+        Rows of the overlay count on from the table's own, which keep their numbers though replaced or deleted.
+        Raises KernelError for arrays that do not fit, and for a table that lies below an overlay already.
+        """
+
     def lookup(self, ids: Ids) -> NDArray[np.int32]:
-        """Rows (n,) int32, -1 where unknown."""
+        """Rows (n,) int32, -1 where unknown or deleted."""
 
     def records(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """Unpacked records (n, item_size)."""
@@ -264,24 +277,36 @@ def open_table(layout: ItemLayout, rows: NDArray[np.uint8], finder: Finder, grap
             raise KernelError(f"no kernel scores a head of kind {layout.head.kind}: its graph is missing")
         return _BlockTable(layout, rows, finder, graph, GRAPH)
     if isinstance(finder, _NativeFinder) and level() != NUMPY:
-        return _NativeTable(layout, rows, finder, level())
+        return _NativeTable.open(layout, rows, finder, level())
     return _BlockTable(layout, rows, finder, partial(reference.score, layout.head), NUMPY)
 
 
 class _NativeTable:
-    def __init__(self, layout: RecordLayout, rows: NDArray[np.uint8], finder: _NativeFinder, level: str) -> None:
+    def __init__(self, table: Any, level: str) -> None:
+        self.level, self._table = level, table
+
+    @classmethod
+    def open(cls, layout: RecordLayout, rows: NDArray[np.uint8], finder: _NativeFinder, level: str) -> _NativeTable:
         assert native is not None
-        self.level, self._finder = level, finder
         try:
-            self._table = native.Table(_shape(layout), rows, finder.ids, level)
+            return cls(native.Table(_shape(layout), rows, finder.ids, level), level)
         except (ValueError, TypeError) as error:
             raise KernelError(f"the table cannot be opened ({error})") from error
 
     def __len__(self) -> int:
-        return len(self._finder)
+        return len(self._table)
+
+    def under(self, rows: NDArray[np.uint8], finder: Finder) -> _NativeTable:
+        assert native is not None
+        if not isinstance(finder, _NativeFinder):
+            raise KernelError("the overlay cannot be opened (its index was opened at level numpy, the table's was not)")
+        try:
+            return _NativeTable(native.Table(self._table, rows, finder.ids), self.level)
+        except (ValueError, TypeError) as error:
+            raise KernelError(f"the overlay cannot be opened ({error})") from error
 
     def lookup(self, ids: Ids) -> NDArray[np.int32]:
-        return self._finder.lookup(ids)
+        return _looked_up(self._table, ids)
 
     def records(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
         found: NDArray[np.float32] = self._table.records(rows)
@@ -331,20 +356,49 @@ class _BlockTable:
             )
         self.level = level
         self._layout, self._rows, self._finder, self._scorer = layout, rows, finder, scorer
+        self._over: tuple[NDArray[np.uint8], Finder] | None = None
         self._block = GRAPH_BLOCK if level == GRAPH else reference.CHUNK
         self._top_k = top_k if level == GRAPH else reference.top_k
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + (0 if self._over is None else len(self._over[0]))
+
+    def under(self, rows: NDArray[np.uint8], finder: Finder) -> _BlockTable:
+        if self._over is not None:
+            raise KernelError("the overlay cannot be opened (the table has one: lay the new one over the table itself)")
+        if finder.texts != self._finder.texts:
+            raise KernelError("the overlay cannot be opened (its ids are of the other type)")
+        if rows.ndim != 2 or rows.shape[1] != self._layout.stride or len(rows) > len(finder) or rows.dtype != np.uint8:
+            raise KernelError(
+                f"the overlay cannot be opened (rows are {rows.shape} {rows.dtype}, "
+                f"not (at most {len(finder)}, {self._layout.stride}) uint8)"
+            )
+        made = copy(self)
+        made._over = rows, finder
+        return made
 
     def lookup(self, ids: Ids) -> NDArray[np.int32]:
-        return self._finder.lookup(ids)
+        rows = self._finder.lookup(ids)
+        if self._over is None:
+            return rows
+        held, finder = self._over
+        newer = finder.lookup(ids)
+        newest = np.where(newer < len(held), newer + len(self._rows), -1)
+        return np.where(newer >= 0, newest, rows).astype(np.int32)
 
     def records(self, rows: NDArray[np.int32]) -> NDArray[np.float32]:
-        found = self._rows[rows]
+        found = self._packed(rows)
         if isinstance(self._layout, PlainLayout):
             return plain.unpack(self._layout, found)
         return record.unpack(self._layout, found)
+
+    def _packed(self, rows: NDArray[np.int32]) -> NDArray[np.uint8]:
+        if self._over is None:
+            return self._rows[rows]
+        own = rows < len(self._rows)
+        found = np.empty((len(rows), self._layout.stride), np.uint8)
+        found[own], found[~own] = self._rows[rows[own]], self._over[0][rows[~own] - len(self._rows)]
+        return found
 
     def score(self, user: NDArray[np.float32], rows: NDArray[np.int32]) -> NDArray[np.float32]:
         blocks = [rows[at : at + self._block] for at in range(0, max(len(rows), 1), self._block)]

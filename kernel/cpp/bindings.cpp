@@ -139,6 +139,16 @@ RankedArrays arrays_of(Ranked&& ranked) {
             ranked.seen};
 }
 
+template <class Find>
+Made<int32_t> found(size_t count, Find find) {
+    std::vector<int32_t> rows(count);
+    {
+        nb::gil_scoped_release release;
+        find(count, rows.data());
+    }
+    return give(std::move(rows));
+}
+
 // Where ids are found. Owns nothing: it keeps the arrays alive and reads them where they lie.
 class Ids {
   public:
@@ -202,16 +212,6 @@ class Ids {
             refuse("the last text ends outside of its buffer");
     }
 
-    template <class Find>
-    static Made<int32_t> found(size_t count, Find find) {
-        std::vector<int32_t> rows(count);
-        {
-            nb::gil_scoped_release release;
-            find(count, rows.data());
-        }
-        return give(std::move(rows));
-    }
-
     Words buckets_;
     Vector<uint64_t> offsets_;
     Vector<uint8_t> text_;
@@ -225,6 +225,36 @@ class Table {
         : shape_(shape), level_(level_of(level.c_str())), rows_(rows), ids_(ids), index_(ids.index()) {
         expect("a row", rows.shape(1), shape.stride);
         expect("rows", rows.shape(0), ids.size());
+        records_ = {rows_.data(), shape_.stride};
+    }
+
+    // The same table under an overlay: records of the first `over.size()` ids, of which those beyond `rows` are deleted.
+    Table(const Table& under, Matrix<uint8_t> rows, const Ids& over)
+        : shape_(under.shape_),
+          level_(under.level_),
+          rows_(under.rows_),
+          ids_(under.ids_),
+          index_(under.index_),
+          over_(&over),
+          over_rows_(rows) {
+        if (under.over_) refuse("the table has an overlay: lay the new one over the table itself");
+        over.need_integers(!index_.offsets);
+        expect("a row", rows.shape(1), shape_.stride);
+        if (rows.shape(0) > over.size())
+            refuse(std::to_string(rows.shape(0)) + " rows for " + std::to_string(over.size()) + " ids");
+        if (index_.count + over.size() >= 0x7fffffff) refuse("table and overlay have more rows than can be numbered");
+        records_ = {rows_.data(), shape_.stride, int32_t(index_.count), over_rows_.data()};
+    }
+
+    Made<int32_t> find_ids(const Vector<int64_t>& ids) const {
+        ids_.need_integers(true);
+        return found(ids.shape(0), [&](size_t n, int32_t* rows) { find(ids.data(), n, rows); });
+    }
+
+    Made<int32_t> find_texts(Vector<uint8_t> data, Vector<int64_t> starts, Vector<int64_t> sizes) const {
+        ids_.need_integers(false);
+        const Texts texts = TextArrays{data, starts, sizes}.texts();
+        return found(starts.shape(0), [&](size_t n, int32_t* rows) { find(texts, n, rows); });
     }
 
     Made<float> score(const Vector<float>& user, const Vector<int32_t>& rows) const {
@@ -233,8 +263,7 @@ class Table {
         const auto prepared = prepare(user);
         {
             nb::gil_scoped_release release;
-            level_.score(shape_, prepared.get(), rows_.data(), rows.data(), scores.size(), scores.size(),
-                         scores.data());
+            level_.score(shape_, prepared.get(), records_, rows.data(), scores.size(), scores.size(), scores.data());
         }
         return give(std::move(scores));
     }
@@ -242,7 +271,7 @@ class Table {
     uint64_t touch(const Vector<int32_t>& rows) const {
         check_rows(rows);
         nb::gil_scoped_release release;
-        return level_.touch(shape_, rows_.data(), rows.data(), rows.shape(0));
+        return level_.touch(shape_, records_, rows.data(), rows.shape(0));
     }
 
     nb::ndarray<nb::numpy, float, nb::ndim<2>, nb::c_contig> records(const Vector<int32_t>& rows) const {
@@ -251,23 +280,21 @@ class Table {
         nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
         {
             nb::gil_scoped_release release;
-            unpack(shape_, rows_.data(), rows.data(), rows.shape(0), kept->data());
+            unpack(shape_, records_, rows.data(), rows.shape(0), kept->data());
         }
         return {kept->data(), {rows.shape(0), size_t(shape_.item_size)}, owner};
     }
 
     RankedArrays rank_ids(const Vector<float>& user, const Vector<int64_t>& ids, size_t k, int64_t deadline_ns) const {
         ids_.need_integers(true);
-        return ranked(user, ids.shape(0), k, deadline_ns,
-                      [&](size_t n, int32_t* rows) { lookup(index_, ids.data(), n, rows); });
+        return ranked(user, ids.shape(0), k, deadline_ns, [&](size_t n, int32_t* rows) { find(ids.data(), n, rows); });
     }
 
     RankedArrays rank_texts(const Vector<float>& user, Vector<uint8_t> data, Vector<int64_t> starts,
                             Vector<int64_t> sizes, size_t k, int64_t deadline_ns) const {
         ids_.need_integers(false);
         const Texts texts = TextArrays{data, starts, sizes}.texts();
-        return ranked(user, starts.shape(0), k, deadline_ns,
-                      [&](size_t n, int32_t* rows) { lookup(index_, texts, n, rows); });
+        return ranked(user, starts.shape(0), k, deadline_ns, [&](size_t n, int32_t* rows) { find(texts, n, rows); });
     }
 
     // Lists of integer ids end to end, one for each row of users; equal to one by one.
@@ -287,9 +314,9 @@ class Table {
             nb::gil_scoped_release release;
             for (size_t i = 0; i < results.size(); ++i) {
                 const int64_t* from = ids.data() + (i ? ends.data()[i - 1] : 0);
-                const auto find = [&](size_t n, int32_t* rows) { lookup(index_, from, n, rows); };
+                const auto look = [&](size_t n, int32_t* rows) { find(from, n, rows); };
                 const auto prepared = prepare(users.data() + i * shape_.user_size);
-                results[i] = ranktower::rank(level_, shape_, prepared.get(), rows_.data(), find,
+                results[i] = ranktower::rank(level_, shape_, prepared.get(), records_, look,
                                              size_t(ids.data() + ends.data()[i] - from), ks[i], deadline_ns);
             }
         }
@@ -299,6 +326,7 @@ class Table {
     }
 
     const char* level() const { return level_.name; }
+    size_t size() const { return index_.count + (over_ ? over_rows_.shape(0) : 0); }
 
   private:
     struct Free {
@@ -307,8 +335,17 @@ class Table {
 
     void check_rows(const Vector<int32_t>& rows) const {
         for (size_t i = 0; i < rows.shape(0); ++i)
-            if (rows.data()[i] < 0 || size_t(rows.data()[i]) >= index_.count)
-                refuse("row " + std::to_string(rows.data()[i]) + " is not among " + std::to_string(index_.count));
+            if (rows.data()[i] < 0 || size_t(rows.data()[i]) >= size())
+                refuse("row " + std::to_string(rows.data()[i]) + " is not among " + std::to_string(size()));
+    }
+
+    template <class Wanted>
+    void find(const Wanted& ids, size_t count, int32_t* rows) const {
+        lookup(index_, ids, count, rows);
+        if (!over_) return;
+        std::vector<int32_t> over(count);
+        lookup(over_->index(), ids, count, over.data());
+        lay_over(over.data(), count, index_.count, over_rows_.shape(0), rows);
     }
 
     std::unique_ptr<void, Free> prepare(const Vector<float>& user) const {
@@ -330,7 +367,7 @@ class Table {
         const auto prepared = prepare(user);
         {
             nb::gil_scoped_release release;
-            result = ranktower::rank(level_, shape_, prepared.get(), rows_.data(), find, count, k, deadline_ns);
+            result = ranktower::rank(level_, shape_, prepared.get(), records_, find, count, k, deadline_ns);
         }
         return arrays_of(std::move(result));
     }
@@ -340,6 +377,9 @@ class Table {
     Matrix<uint8_t> rows_;
     const Ids& ids_;  // kept alive by the binding
     const Index& index_;
+    const Ids* over_ = nullptr;  // of an overlay, kept alive, too
+    Matrix<uint8_t> over_rows_;
+    Records records_{};
 };
 
 void bind_records(nb::module_& m) {
@@ -376,6 +416,11 @@ void bind_table(nb::module_& m) {
     nb::class_<Table>(m, "Table")
         .def(nb::init<const Shape&, Matrix<uint8_t>, const Ids&, const std::string&>(), nb::keep_alive<1, 4>(),
              "shape"_a, "rows"_a.noconvert(), "ids"_a, "level"_a)
+        .def(nb::init<const Table&, Matrix<uint8_t>, const Ids&>(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>(),
+             "under"_a, "rows"_a.noconvert(), "ids"_a)
+        .def("lookup", &Table::find_ids, "ids"_a.noconvert())
+        .def("lookup_texts", &Table::find_texts, "data"_a.noconvert(), "starts"_a.noconvert(), "sizes"_a.noconvert())
+        .def("__len__", &Table::size)
         .def("score", &Table::score, "user"_a.noconvert(), "rows"_a.noconvert())
         .def("touch", &Table::touch, "rows"_a.noconvert())
         .def("records", &Table::records, "rows"_a.noconvert())

@@ -48,6 +48,13 @@ size_t build_index(const uint64_t* keys, size_t count, Bucket* buckets, uint64_t
 void lookup(const Index& index, const int64_t* ids, size_t count, int32_t* rows);  // -1 where unknown
 void lookup(const Index& index, const Texts& ids, size_t count, int32_t* rows);
 
+// Rows of an overlay over those of a table with `count` rows: where the overlay knows the id, its row comes after the
+// table's, or is unknown from its row `held` on: such ids have been deleted.
+inline void lay_over(const int32_t* overlay, size_t ids, size_t count, size_t held, int32_t* rows) {
+    for (size_t i = 0; i < ids; ++i)
+        if (overlay[i] >= 0) rows[i] = size_t(overlay[i]) < held ? int32_t(count) + overlay[i] : -1;
+}
+
 void hash_texts(const Texts& texts, size_t count, uint64_t salt, uint64_t* keys);
 
 }  // namespace ranktower

@@ -40,27 +40,26 @@ INLINE void add_bias(const Shape& s, const uint8_t* record, float* score) {
 }
 
 template <int H, int D, class Value>
-void score_maxsim(const Shape& s, const uint8_t* user, const uint8_t* table, const int32_t* rows, size_t count,
+void score_maxsim(const Shape& s, const uint8_t* user, const Records& from, const int32_t* rows, size_t count,
                   size_t soon, float* scores) {
     const size_t ahead = ahead_of(s);
-    for (size_t i = 0; i < ahead && i < soon; ++i) prefetch_octets(table + size_t(rows[i]) * s.stride, 0, s.bytes);
+    for (size_t i = 0; i < ahead && i < soon; ++i) prefetch_octets(from.at(rows[i]), 0, s.bytes);
     for (size_t i = 0; i < count; ++i) {
-        if (i + ahead < soon) prefetch_octets(table + size_t(rows[i + ahead]) * s.stride, 0, s.bytes);
-        const uint8_t* record = table + size_t(rows[i]) * s.stride;
+        if (i + ahead < soon) prefetch_octets(from.at(rows[i + ahead]), 0, s.bytes);
+        const uint8_t* record = from.at(rows[i]);
         scores[i] = maxsim<H, D>(s, user, (const Value*)record);
         add_bias(s, record, scores + i);
     }
 }
 
 template <int H, int D, class Value, int blocks>
-void score_cross(const Shape& s, const uint8_t* user, const uint8_t* table, const int32_t* rows, size_t count,
+void score_cross(const Shape& s, const uint8_t* user, const Records& from, const int32_t* rows, size_t count,
                  size_t soon, float* scores) {
     const Cross<H, D, Value, blocks> cross = make_cross<H, D, Value, blocks>(s, user);
     constexpr size_t batch = batch_of<blocks>;
     const uint8_t *records[batch], *next[batch];
     const auto records_from = [&](size_t start, const uint8_t** to) {  // none left: the last one again, which is here
-        for (size_t i = 0; i < batch; ++i)
-            to[i] = table + size_t(rows[start + i < soon ? start + i : soon - 1]) * s.stride;
+        for (size_t i = 0; i < batch; ++i) to[i] = from.at(rows[start + i < soon ? start + i : soon - 1]);
     };
     if (count) records_from(0, next);
     for (size_t i = 0; i < batch && i < count; ++i) prefetch_octets(next[i], 0, s.bytes);
@@ -73,7 +72,7 @@ void score_cross(const Shape& s, const uint8_t* user, const uint8_t* table, cons
     }
 }
 
-using Score = void (*)(const Shape&, const uint8_t*, const uint8_t*, const int32_t*, size_t, size_t, float*);
+using Score = void (*)(const Shape&, const uint8_t*, const Records&, const int32_t*, size_t, size_t, float*);
 
 template <int H, int D, class Value>
 Score of_kind(const Shape& s) {
@@ -109,22 +108,22 @@ Score of_dim(const Shape& s) {
     return of_dtype<H, 0>(s);
 }
 
-void score(const Shape& s, const void* prepared, const uint8_t* table, const int32_t* rows, size_t count, size_t soon,
+void score(const Shape& s, const void* prepared, const Records& from, const int32_t* rows, size_t count, size_t soon,
            float* scores) {
     const Score all = s.heads == 1   ? of_dim<1>(s)
                       : s.heads == 2 ? of_dim<2>(s)
                       : s.heads == 4 ? of_dim<4>(s)
                       : s.heads == 8 ? of_dim<8>(s)
                                      : of_dim<16>(s);
-    all(s, (const uint8_t*)prepared, table, rows, count, soon, scores);
+    all(s, (const uint8_t*)prepared, from, rows, count, soon, scores);
 }
 
-uint64_t touch(const Shape& s, const uint8_t* table, const int32_t* rows, size_t count) {
+uint64_t touch(const Shape& s, const Records& from, const int32_t* rows, size_t count) {
     const size_t ahead = ahead_of(s);
     uint64_t sum = 0;
     for (size_t i = 0; i < count; ++i) {
-        if (i + ahead < count) prefetch_octets(table + size_t(rows[i + ahead]) * s.stride, 0, s.bytes);
-        const uint8_t* record = table + size_t(rows[i]) * s.stride;
+        if (i + ahead < count) prefetch_octets(from.at(rows[i + ahead]), 0, s.bytes);
+        const uint8_t* record = from.at(rows[i]);
         for (size_t at = 0; at < s.bytes; at += line) sum += record[at];
         sum += record[s.bytes - 1];
     }

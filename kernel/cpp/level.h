@@ -20,13 +20,13 @@ struct Level {
     size_t (*prepared_bytes)(const Shape&);
     void (*prepare)(const Shape&, const float* user, void* prepared);
 
-    // scores[i] of row rows[i] of the table; every row is there. Those up to rows[soon - 1] are prefetched for a next
+    // scores[i] of row rows[i] of the records; every row is there. Those up to rows[soon - 1] are prefetched for a next
     // call.
-    void (*score)(const Shape&, const void* prepared, const uint8_t* table, const int32_t* rows, size_t count,
-                  size_t soon, float* scores);
+    void (*score)(const Shape&, const void* prepared, const Records&, const int32_t* rows, size_t count, size_t soon,
+                  float* scores);
 
     // Adds up one octet of every cache line that `score` reads, with its prefetch: the floor that memory sets.
-    uint64_t (*touch)(const Shape&, const uint8_t* table, const int32_t* rows, size_t count);
+    uint64_t (*touch)(const Shape&, const Records&, const int32_t* rows, size_t count);
 
     // For training, see training.h: lists first to last - 1, in a room of lists_room octets aligned to 64. Gradients of
     // users are written, those of items added.

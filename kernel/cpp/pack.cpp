@@ -81,9 +81,9 @@ size_t pack(const Shape& s, const float* records, size_t count, uint8_t* rows) {
     return count;
 }
 
-void unpack(const Shape& s, const uint8_t* table, const int32_t* index, size_t count, float* records) {
+void unpack(const Shape& s, const Records& packed, const int32_t* index, size_t count, float* records) {
     for (size_t i = 0; i < count; ++i) {
-        const uint8_t* row = table + size_t(index[i]) * s.stride;
+        const uint8_t* row = packed.at(index[i]);
         float* record = records + i * s.item_size;
         for (int part = 0; part < s.parts; ++part)
             for (int head = 0; head < s.item_heads; ++head) {

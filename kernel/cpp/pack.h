@@ -15,7 +15,7 @@ namespace ranktower {
 // that the dtype cannot hold, or count where there is none; rows from there on are not written.
 size_t pack(const Shape& shape, const float* records, size_t count, uint8_t* rows);
 
-// rows at `index` (n,) of table (count, stride) -> records (n, item_size) f32. Indices have been checked.
-void unpack(const Shape& shape, const uint8_t* table, const int32_t* index, size_t count, float* records);
+// Rows at `index` (count,) -> records (count, item_size) f32. Indices have been checked.
+void unpack(const Shape& shape, const Records& from, const int32_t* index, size_t count, float* records);
 
 }  // namespace ranktower

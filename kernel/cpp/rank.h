@@ -33,7 +33,7 @@ inline bool is_over(int64_t deadline_ns) {
 
 // find(count, rows) looks up all candidates.
 template <class Find>
-Ranked rank(const Level& level, const Shape& shape, const void* prepared, const uint8_t* table, Find find, size_t count,
+Ranked rank(const Level& level, const Shape& shape, const void* prepared, const Records& from, Find find, size_t count,
             size_t k, int64_t deadline_ns) {
     Ranked ranked;
     k = k < count ? k : count;
@@ -61,7 +61,7 @@ Ranked rank(const Level& level, const Shape& shape, const void* prepared, const 
             break;
         }
         const size_t n = known - scored < rank_block ? known - scored : rank_block;
-        level.score(shape, prepared, table, rows.data() + scored, n, known - scored, scores);
+        level.score(shape, prepared, from, rows.data() + scored, n, known - scored, scores);
         best.add(scores, [&](size_t i) { return position(scored + i); }, n);
     }
     while (!ranked.missing.empty() && size_t(ranked.missing.back()) >= ranked.seen) ranked.missing.pop_back();

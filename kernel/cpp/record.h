@@ -39,6 +39,19 @@ struct Shape {
     size_t v_at, g_at, scales_at, bias_at, bytes, stride;  // octets from the start of a record
 };
 
+// Where the record of a row lies. An overlay holds those from `count` on: records that came after the table was written.
+struct Records {
+    const uint8_t* table;
+    size_t stride;
+    int32_t count = 0x7fffffff;
+    const uint8_t* overlay = nullptr;
+
+    inline const uint8_t* at(int32_t row) const {
+        const bool under = row < count;
+        return (under ? table : overlay) + size_t(under ? row : row - count) * stride;
+    }
+};
+
 // By its name in a manifest. Throws std::invalid_argument.
 Kind kind_of(const char* name);
 

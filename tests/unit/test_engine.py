@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel import engine, record, reference
-from kernel.engine import Index, open_index, open_table
+from kernel.engine import Index, Table, open_index, open_table
 from kernel.errors import KernelError
 from kernel.head import HeadKind, HeadSpec
 from kernel.ids import Texts
@@ -485,3 +485,79 @@ def test_plain_records_without_a_graph_are_refused(level: str) -> None:
         open_table(layout, np.zeros((2, layout.stride), np.uint8), index_of(np.arange(2)))
     with pytest.raises(KernelError, match="cannot be opened"):
         open_table(layout, np.zeros((2, layout.stride + 64), np.uint8), index_of(np.arange(2)), Product())
+
+
+# --- overlays --------------------------------------------------------------------------------------------------------
+
+
+def layered(
+    head: HeadSpec, dtype: Dtype, items: np.ndarray, keys: np.ndarray, newer: np.ndarray, changed: np.ndarray
+) -> Table:
+    """A table of items (n, size) with keys (n,) under newer records (r, size) of the first r keys changed."""
+    layout = RecordLayout(head, dtype)
+    return table_of(head, dtype, items, keys).under(engine.pack(layout, newer), index_of(changed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_table_under_an_overlay_ranks_as_one_with_all_of_it(level: str, kind: HeadKind, dtype: Dtype) -> None:
+    head = head_of(kind, (4, 4, 32), bias=True)
+    user, items = made(head, 60)
+    keys = np.arange(50) * 7
+    changed = np.array([7, 14, 1001, 1002, 349, 21, 999], np.int64)  # two replaced, three new; 21 deleted, 999 unknown
+    whole_keys = np.concatenate([np.setdiff1d(keys, [7, 14, 21]), changed[:5]])
+    order = {int(key): row for row, key in enumerate(keys)}
+    whole = np.stack([items[order[key]] if key not in (7, 14) else items[50] for key in whole_keys[:47].tolist()])
+    whole = np.concatenate([whole, items[50:55]])
+    found = layered(head, dtype, items[:50], keys, items[50:55], changed)
+    expected = table_of(head, dtype, whole, whole_keys)
+    asked = np.concatenate([changed, keys[::-1], [3]]).astype(np.int64)
+    asked = asked[np.sort(np.unique(asked, return_index=True)[1])]
+    one, other = found.rank(user, asked, 20), expected.rank(user, asked, 20)
+    for part in ("positions", "scores", "missing"):
+        np.testing.assert_array_equal(getattr(one, part), getattr(other, part))
+    rows = found.lookup(asked)
+    assert rows[:7].tolist() == [50, 51, 52, 53, 54, -1, -1]
+    assert len(found) == 55
+    np.testing.assert_array_equal(found.records(rows[rows >= 0]), expected.records(expected.lookup(asked[rows >= 0])))
+    np.testing.assert_array_equal(
+        found.score(user, rows[rows >= 0]), expected.score(user, expected.lookup(asked[rows >= 0]))
+    )
+    batch = found.rank_batch(np.stack([user, user]), [asked, asked[:5]], [3, 9])
+    np.testing.assert_array_equal(batch[1].positions, found.rank(user, asked[:5], 9).positions)
+
+
+def test_an_overlay_finds_texts(level: str) -> None:
+    head = head_of("maxsim", (2, 2, 8))
+    user, items = made(head, 6)
+    layout = RecordLayout(head, "f32")
+
+    def finder(texts: list[str], salt: int) -> engine.Finder:
+        stored = Texts.of(texts)
+        data = np.frombuffer("".join(texts).encode(), np.uint8)
+        offsets = np.cumsum([0, *(len(text.encode()) for text in texts)]).astype(np.uint64)
+        return engine.open_index(
+            engine.Index(engine.build_index(engine.hash_texts(stored, salt)), len(texts), offsets, data, salt)
+        )
+
+    table = engine.open_table(layout, engine.pack(layout, items[:4]), finder(["a", "b", "c", "d"], 1))
+    over = table.under(engine.pack(layout, items[4:]), finder(["b", "new", "c"], 2))
+    assert over.lookup(Texts.of(["a", "b", "c", "d", "new", "x"])).tolist() == [0, 4, -1, 3, 5, -1]
+    ranked = over.rank(user, Texts.of(["new", "c", "a"]), 3)
+    assert sorted(ranked.positions.tolist()) == [0, 2]
+    assert ranked.missing.tolist() == [1]
+    with pytest.raises(KernelError, match="overlay cannot be opened"):
+        table.under(engine.pack(layout, items[4:]), index_of(np.arange(2)))
+
+
+def test_overlays_that_do_not_fit_are_refused(level: str) -> None:
+    head = head_of("maxsim", (2, 2, 8))
+    _, items = made(head, 6)
+    layout = RecordLayout(head, "f32")
+    table, rows = table_of(head, "f32", items), engine.pack(layout, items)
+    with pytest.raises(KernelError, match="overlay cannot be opened"):
+        table.under(rows, index_of(np.arange(5)))  # more rows than ids
+    with pytest.raises(KernelError, match="overlay cannot be opened"):
+        table.under(rows[:, :16], index_of(np.arange(6)))
+    with pytest.raises(KernelError, match="lay the new one over the table itself"):
+        table.under(rows, index_of(np.arange(6))).under(rows, index_of(np.arange(6)))

@@ -116,15 +116,16 @@ def write_report(root: Path, target: Path, wanted: Sequence[Table], budget: Budg
     text, studies = [HEAD], dict[str, Study]()
     for table in wanted:
         text.append(f"## {table.title}\n")
-        names = [data_name(one) for one in data_sets(table, budget, data)]
-        known_elsewhere = {name: None for row in table.rows for name in row.paper if name not in table.data}
-        for name in [*names, *(known_elsewhere if data is None and not budget.made else ())]:
+        for name in [data_name(one) for one in data_sets(table, budget, data)]:
             text.append(f"### {name}\n")
             if (root / "logs" / name).is_dir():
                 study = studies.setdefault(name, Study(root, name))
                 text.append(section(study, target, table, budget))
             else:
-                text.append(absent(table, name))
+                text.append(absent(table, name, NOT_RUN))
+        elsewhere = {name: None for row in table.rows for name in row.paper if name not in table.data}
+        for name in elsewhere if data is None and not budget.made else ():
+            text += [f"### {name}\n", absent(table, name, ELSEWHERE)]
     (target / "TABLES.md").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -140,20 +141,21 @@ n/a: not run; –: no list has anything to measure.
 """
 
 
-def absent(table: Table, data: str) -> str:
-    """What the paper says of a data set that is not here."""
-    lines = ["Adapter ready, data not here.\n"]
-    if any(data in row.paper for row in table.rows):
-        lines += ["| | ours | paper, R@K / N@K |", "|---|--:|--:|"]
-        lines += [f"| {row.name} | {NOT_HERE} | {in_paper(row, data)} |" for row in table.rows if data in row.paper]
-        lines.append("")
-    return "\n".join(lines)
+ELSEWHERE = "Adapter ready, data not here."  # of a data set that no recipe names, only the paper's numbers
+NOT_RUN = f"{NOT_HERE}: not run"
+
+
+def absent(table: Table, data: str, why: str) -> str:
+    """All rows of a data set without results, beside the paper's numbers; of one that no recipe names, the paper's."""
+    rows = [row for row in table.rows if data in row.paper or why != ELSEWHERE]
+    text = [f"{why}\n", "| | ours | paper, R@K / N@K |", "|---|--:|--:|"]
+    return "\n".join([*text, *(f"| {row.name} | {NOT_HERE} | {in_paper(row, data)} |" for row in rows), ""])
 
 
 def section(study: Study, target: Path, table: Table, budget: Budget) -> str:
     """A table on one data set: what it is about, a block for each list set, the orders, plots, and all searches."""
     if not (study.folder / "lists" / RESULT).is_file():
-        return f"{NOT_HERE}: nothing was run on this log by this code.\n"
+        return absent(table, study.data, f"{NOT_RUN} by this code")
     lines = [read_line(study, table, budget, row) for row in table.rows]
     blocks = [protocol(study, budget, lines)]
     blocks += [block(study, table, budget, lines, name) for name in study.list_sets()]

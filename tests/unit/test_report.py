@@ -109,13 +109,28 @@ def test_a_row_with_seeds_missing_says_so(study: Study, tmp_path: Path) -> None:
     assert cells((tmp_path / "out" / "TABLES.md").read_text(), "ours")[1] == "1.0000 (1 of 2 seeds)"
 
 
-def test_data_that_is_not_here_stands_with_the_papers_numbers(tmp_path: Path) -> None:
-    other = Row(name="ours", search={"lr": [0.1]}, paper={"tiny": (0.5, 0.4), "elsewhere": (0.6, 0.3)})
-    write_report(tmp_path, tmp_path / "out", [replace(TABLE, rows=(other,))], BUDGET, None)
+def test_only_data_that_no_recipe_names_is_not_here_and_the_rest_was_not_run(tmp_path: Path) -> None:
+    rows = (
+        Row(name="ours", search={"lr": [0.1]}, paper={"tiny": (0.5, 0.4), "elsewhere": (0.6, 0.3)}),
+        Row(name="theirs", search={"lr": [0.1]}),
+    )
+    write_report(tmp_path, tmp_path / "out", [replace(TABLE, rows=rows)], BUDGET, None)
+    tiny, elsewhere = (tmp_path / "out" / "TABLES.md").read_text().split("### tiny")[1].split("### elsewhere")
+    assert "n/a: not run\n" in tiny
+    assert cells(tiny, "ours") == ["ours", "n/a", "0.5000 / 0.4000"]
+    assert cells(tiny, "theirs") == ["theirs", "n/a"]  # and no number of the paper
+    assert "Adapter ready, data not here." not in tiny
+    assert "Adapter ready, data not here." in elsewhere
+    assert cells(elsewhere, "ours") == ["ours", "n/a", "0.6000 / 0.3000"]
+    assert "theirs" not in elsewhere
+
+
+def test_a_log_that_this_code_did_nothing_on_has_all_its_rows(tmp_path: Path) -> None:
+    write_tiny_log(tmp_path / "logs" / "tiny", users=20, items=30)
+    write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, ["tiny"])
     text = (tmp_path / "out" / "TABLES.md").read_text()
-    assert text.count("Adapter ready, data not here.") == 2
-    assert "### elsewhere" in text
-    assert cells(text, "ours") == ["ours", "n/a", "0.5000 / 0.4000"]
+    assert "n/a: not run by this code" in text
+    assert cells(text, "absent") == ["absent", "n/a", "0.5000 / 0.2000"]
 
 
 def test_the_head_says_what_the_log_is_and_what_was_spent(study: Study, tmp_path: Path) -> None:

@@ -96,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", help="data sets of the recipes, or folders; by default all of them")
     parser.add_argument("--budget", default="full")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the runs")
-    parser.add_argument("--report", type=Path, help="folder of TABLES.md and plots; by default report/ beside the runs")
+    parser.add_argument("--report", type=Path, help="folder of TABLES.md and plots; by default report/BUDGET of --out")
     options = parser.parse_args(arguments)
-    target = options.report or options.out / "report"
+    target = options.report or options.out / "report" / options.budget
     try:
         budget = tables.read_budget(options.budget)
         wanted = [tables.read_table(name) for name in options.tables or tables.names()]
@@ -111,18 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_report(root: Path, target: Path, wanted: Sequence[Table], budget: Budget, data: Sequence[str] | None) -> None:
-    """TABLES.md in `target`, a section a table, and a plot for each table and data set that has results."""
+    """TABLES.md in `target`, a section a table, and plots for each table and data set that has results."""
     (target / "plots").mkdir(parents=True, exist_ok=True)
-    text, studies = [HEAD], dict[str, Study]()
+    text = [HEAD]
+    studies = {log.name: Study(root, log.name) for log in sorted((root / "logs").glob("[!.]*")) if log.is_dir()}
     for table in wanted:
         text.append(f"## {table.title}\n")
         for name in [data_name(one) for one in data_sets(table, budget, data)]:
-            text.append(f"### {name}\n")
-            if (root / "logs" / name).is_dir():
-                study = studies.setdefault(name, Study(root, name))
-                text.append(section(study, target, table, budget))
-            else:
-                text.append(absent(table, name, NOT_RUN))
+            known = name in studies
+            shown = section(studies[name], target, table, budget) if known else absent(table, name, NOT_RUN)
+            text += [f"### {name}\n", shown]
         elsewhere = {name: None for row in table.rows for name in row.paper if name not in table.data}
         for name in elsewhere if data is None and not budget.made else ():
             text += [f"### {name}\n", absent(table, name, ELSEWHERE)]

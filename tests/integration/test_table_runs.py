@@ -256,7 +256,7 @@ def test_a_row_whose_trials_all_diverge_is_not_tested(
     assert "full: every trial diverged" in capsys.readouterr().out
     assert not (study.folder / "tests").exists()
     assert report.main(["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
-    assert "| **full** | n/a |" in (tmp_path / "report" / "TABLES.md").read_text()
+    assert "| **full** | n/a |" in (tmp_path / "report" / "tiny" / "TABLES.md").read_text()
 
 
 def test_a_table_of_costs_is_made_and_reported(log: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_table_of_costs_is_made_and_reported(log: Path, tmp_path: Path) -> Non
     assert by_kind["cross_attention"]["macs"] == 5 * 4 * 4 * 32
     assert by_kind["onnx"]["macs"] > 500_000
     assert all(cost["ms"] > 0 and cost["parameters"] > cost["parameters_of_tables"] > 0 for cost in costs)
-    assert (tmp_path / "report" / "plots" / "cost-tiny-frontier.svg").is_file()
+    assert (tmp_path / "report" / "tiny" / "plots" / "cost-tiny-frontier.svg").is_file()
 
 
 def test_views_share_the_test_lists_and_nothing_else(log: Path, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_views_share_the_test_lists_and_nothing_else(log: Path, tmp_path: Path) 
     spec = json.loads((study.folder / "runs" / tests[0] / "spec.json").read_text())
     assert not [field for field in spec["fields"] if field["side"] == "context"]
     assert report.main(["context", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "report" / "TABLES.md").read_text()
+    text = (tmp_path / "report" / "tiny" / "TABLES.md").read_text()
     assert "| Two-Tower, no context fields | 0." in text
     assert "| Two-Tower, rows with context | n/a" in text
 

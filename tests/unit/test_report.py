@@ -133,6 +133,14 @@ def test_a_log_that_this_code_did_nothing_on_has_all_its_rows(tmp_path: Path) ->
     assert cells(text, "absent") == ["absent", "n/a", "0.5000 / 0.2000"]
 
 
+def test_budgets_have_reports_of_their_own(tmp_path: Path) -> None:
+    for budget in ("look", "tiny"):
+        assert report.main(["--budget", budget, "--out", str(tmp_path)]) == 0
+    look, tiny = ((tmp_path / "report" / budget / "TABLES.md").read_text() for budget in ("look", "tiny"))
+    assert "### cascade" in tiny
+    assert "### kuairand" in look
+
+
 def test_the_head_says_what_the_log_is_and_what_was_spent(study: Study, tmp_path: Path) -> None:
     put(study, ROWS[0], [perfect(study)] * 2)
     write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, ["tiny"])

@@ -17,7 +17,7 @@ from rich.console import Console
 from benchmarks.svg import chart
 from experiments import tables
 from experiments.dots import dots
-from experiments.run import OUT, data_name, data_sets
+from experiments.run import OUT, TESTS, code_of, data_name, data_sets
 from experiments.study import RESULT, FrozenLists, Study, load_scores
 from experiments.tables import DIVERGED, Budget, Row, Table, Trial, chosen, described, recipe_of
 from model.datasets.log import IMPRESSION, PADDING
@@ -117,11 +117,17 @@ def write_report(root: Path, target: Path, wanted: Sequence[Table], budget: Budg
     studies = {log.name: Study(root, log.name) for log in sorted((root / "logs").glob("[!.]*")) if log.is_dir()}
     for table in wanted:
         text.append(f"## {table.title}\n")
-        for name in [data_name(one) for one in data_sets(table, budget, data)]:
+        names = [data_name(one) for one in data_sets(table, budget, data)]
+        if data is None:  # other logs that the table was made of
+            made = {
+                line["data"] for line in scored(root) if (line["table"], line["budget"]) == (table.name, budget.name)
+            }
+            names += sorted(made & studies.keys() - set(names))
+        for name in names:
             known = name in studies
             shown = section(studies[name], target, table, budget) if known else absent(table, name, NOT_RUN)
             text += [f"### {name}\n", shown]
-        elsewhere = {name: None for row in table.rows for name in row.paper if name not in table.data}
+        elsewhere = {name: None for row in table.rows for name in row.paper if name not in names}
         for name in elsewhere if data is None and not budget.made else ():
             text += [f"### {name}\n", absent(table, name, ELSEWHERE)]
     (target / "TABLES.md").write_text("\n".join(text), encoding="utf-8")
@@ -190,6 +196,19 @@ def read_line(study: Study, table: Table, budget: Budget, row: Row) -> Line:
         trained_on=frozenset(f"{result['device']}, {counted(result['threads'], 'thread')}" for result in results),
         costs=json.loads(cost.read_text()) if table.cost and cost.is_file() else {},
     )
+
+
+def scored(root: Path) -> list[dict[str, Any]]:
+    """The record of all tests."""
+    path = root / TESTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def tests_said(study: Study) -> str:
+    """How often test lists of this data were scored."""
+    codes = [line["code"] for line in scored(study.root) if line["data"] == study.data]
+    here = codes.count(code_of(study))
+    return f"Test lists were scored {counted(here, 'time')} by this code, {counted(len(codes), 'time')} by any."
 
 
 def counted(count: int, what: str) -> str:
@@ -278,6 +297,7 @@ def protocol(study: Study, budget: Budget, lines: Sequence[Line]) -> str:
         "Candidates are those that were logged." if about["stages"] else CANDIDATES,
         f"Budget `{budget.name}`: {spent}, {counted(budget.seeds, 'seed')}.",
         *([f"Trained on {'; '.join(trained_on)}."] if trained_on else []),
+        tests_said(study),
     ]
     return " ".join(said) + "\n"
 

@@ -41,6 +41,7 @@ from model.scoring import score_network
 from model.train import Recipe, train
 
 OUT = Path("var/tables")
+TESTS = "tests.jsonl"  # beside the logs: a line for each time that test lists were scored, by whatever code
 PAUSE_S = 0.5  # between looks at what other processes do
 console = Console(highlight=False)
 
@@ -344,12 +345,26 @@ class Runner:
         write_json(part / RESULT, {"baseline": name})
 
     def note(self, name: str) -> None:
-        """Put on record that test lists are about to be scored."""
-        with (self.study.folder / "tests.jsonl").open("a") as stream:
-            stream.write(json.dumps({"time": round(time.time()), "table": self.table.name, "scored": name}) + "\n")
+        """Put on record, for all data and code together, that test lists are about to be scored."""
+        line = {
+            "time": round(time.time()),
+            "table": self.table.name,
+            "budget": self.budget.name,
+            "data": self.study.data,
+            "code": code_of(self.study),
+            "lists": {name: about["digest"][:16] for name, about in self.study.about()["sets"].items()},
+            "scored": name,
+        }
+        with (self.study.root / TESTS).open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
 
     def cost(self, row: Row, recipe: Recipe, part: Path) -> None:
         write_json(part / RESULT, measure_cost(self.study.run(recipe, row.view), self.study.log))
+
+
+def code_of(study: Study) -> str:
+    """The version of the code that a study's results are of."""
+    return study.folder.name.rpartition("-")[2]
 
 
 def mean_seconds(study: Study) -> dict[str, float]:

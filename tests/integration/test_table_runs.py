@@ -70,9 +70,12 @@ def test_a_row_leaves_its_trials_its_choice_and_one_test(made: Study) -> None:
         assert not wanted
         best = max(trials, key=lambda trial: trial.score)
         assert (made.test(recipe_of(row, budget, made.data, best.changes, 0)) / RESULT).is_file()
-    assert {json.loads(line)["scored"] for line in (made.folder / "tests.jsonl").read_text().splitlines()} == {
-        path.name for path in made.folder.glob("tests/[!.]*")
-    }
+    tests = [json.loads(line) for line in (made.root / "tests.jsonl").read_text().splitlines()]
+    assert {test["scored"] for test in tests} == {path.name for path in made.folder.glob("tests/[!.]*")}
+    assert {(test["table"], test["budget"], test["data"]) for test in tests} == {("sampling", "tiny", made.data)}
+    assert all(made.folder.name.endswith("-" + test["code"]) for test in tests)
+    digests = {name: about["digest"] for name, about in made.about()["sets"].items()}
+    assert all(digests[name].startswith(test["lists"][name]) for test in tests for name in digests)
     assert scores(made).keys() == {(name, kind) for name, _ in scores(made) for kind in ("full", "random")}
 
 

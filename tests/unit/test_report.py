@@ -133,6 +133,27 @@ def test_a_log_that_this_code_did_nothing_on_has_all_its_rows(tmp_path: Path) ->
     assert cells(text, "absent") == ["absent", "n/a", "0.5000 / 0.2000"]
 
 
+def test_a_log_that_no_recipe_names_is_reported_once_a_row_was_tested(study: Study, tmp_path: Path) -> None:
+    other = replace(TABLE, data=("movielens",))
+    put(study, ROWS[0], [perfect(study)])
+    test = {"table": "t", "budget": "b", "data": "tiny", "code": "old"}
+    for changes, there in (({"table": "u"}, 0), ({"budget": "c"}, 0), ({}, 1)):
+        (tmp_path / "tests.jsonl").write_text(json.dumps({**test, **changes}) + "\n")
+        write_report(tmp_path, tmp_path / "out", [other], BUDGET, None)
+        text = (tmp_path / "out" / "TABLES.md").read_text()
+        assert text.count("Log `tiny`") == there
+        assert text.count("### movielens") == 1
+
+
+def test_every_time_that_test_lists_were_scored_is_counted(study: Study, tmp_path: Path) -> None:
+    code = study.folder.name.rpartition("-")[2]
+    lines = [("tiny", code), ("tiny", code), ("tiny", "old"), ("other", code)]
+    text = "".join(json.dumps({"data": data, "code": by}) + "\n" for data, by in lines)
+    (tmp_path / "tests.jsonl").write_text(text)
+    write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, ["tiny"])
+    assert "scored 2 times by this code, 3 times by any." in (tmp_path / "out" / "TABLES.md").read_text()
+
+
 def test_budgets_have_reports_of_their_own(tmp_path: Path) -> None:
     for budget in ("look", "tiny"):
         assert report.main(["--budget", budget, "--out", str(tmp_path)]) == 0

@@ -22,7 +22,7 @@ from experiments import report, run, tables
 from experiments.study import RESULT, BusyError, Study, filled, load_scores
 from experiments.tables import recipe_of
 from model.datasets.log import TEST, Log
-from model.errors import DivergedError
+from model.errors import DivergedError, TrainError
 from tests.logs import write_tiny_log
 
 ROWS = ("full", "without both")
@@ -260,6 +260,57 @@ def test_a_row_whose_trials_all_diverge_is_not_tested(
     assert not (study.folder / "tests").exists()
     assert report.main(["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
     assert "| **full** | n/a |" in (tmp_path / "report" / "tiny" / "TABLES.md").read_text()
+
+
+@pytest.mark.parametrize("error", [TrainError("no list has a positive"), RuntimeError("not enough memory [16 GB]")])
+def test_a_row_that_fails_is_named_and_the_others_are_done(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    real, tried = run.train, []
+
+    def failing(*given: Any, **named: Any) -> Any:
+        if given[2].sampler == "full":
+            tried.append(given[2].lr)
+            raise error
+        return real(*given, **named)
+
+    monkeypatch.setattr(run, "train", failing)
+    asked = ["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path), "--rows", *ROWS]
+    assert run.main(asked) == 1
+    said = capsys.readouterr().out
+    assert f"full: failed, {type(error).__name__}: {error} (" in said
+    assert f"failed: {log.name} full; the same command tries them again" in said
+    assert len(tried) == len(set(tried)) == 2  # each trial once
+    study = Study(tmp_path, log.name)
+    assert len(list(study.folder.glob(f"tests/[!.]*/{RESULT}"))) == 1
+    kept = list(study.folder.glob("runs/.*.failed"))
+    assert len(kept) == 2
+    assert all(str(error) in path.read_text() for path in kept)
+    monkeypatch.setattr(run, "train", real)
+    make(log, tmp_path)
+    assert len(list(study.folder.glob(f"tests/[!.]*/{RESULT}"))) == 2
+    assert not list(study.folder.glob("runs/.*.failed"))
+
+
+def test_what_fails_in_one_process_is_tried_by_no_other_and_seen_by_the_parent(
+    made: Study, log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A training cannot go on from a state that is cut."""
+    (tmp_path / "logs").mkdir()
+    shutil.copytree(made.source, tmp_path / "logs" / log.name)
+    study, row, budget = Study(tmp_path, log.name), tables.read_table("sampling").rows[0], tables.read_budget("tiny")
+    run_folder = study.run(recipe_of(row, budget, study.data, study.search(row, budget)[1][0], 0))
+    part = run_folder.with_name(f".{run_folder.name}.part")
+    part.mkdir(parents=True)
+    (part / "state.safetensors").write_bytes(b"")
+    asked = ["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path), "--rows", *ROWS, "--jobs", "2"]
+    assert run.main(asked) == 1
+    said = capfd.readouterr().out
+    assert said.count("going on with full,") == 1
+    assert f"failed: {log.name} full;" in said
+    assert "processes failed" not in said
+    assert len(list(study.folder.glob(f"tests/[!.]*/{RESULT}"))) == 1  # the other row
+    assert run_folder.with_name(f".{run_folder.name}.failed").is_file()
 
 
 def test_a_table_of_costs_is_made_and_reported(log: Path, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runner.begin()
             if not options.worker:
                 runner.forget_failures()
+        if len(runners) > 1 and not options.worker:
+            console.print(in_all(runners, options.jobs))
         if options.worker:
             end_with_parent()
         elif options.jobs > 1 and any(runner.tasks() for runner in runners):
@@ -253,7 +255,18 @@ class Runner:
         console.print(f"[bold]{self.study.data}[/] {what}", soft_wrap=True)
 
     def left(self) -> str:
-        """Trainings left of all, and about how long they take. The trial that is chosen is also the first seed."""
+        """Trainings left of all, and about how long they take."""
+        done, missing = self.counted()
+        about = f", {about_time(self.seconds_left() / self.jobs)}" if missing else ""
+        return f"{len(missing)} of {done + len(missing)} trainings left{about}"
+
+    def seconds_left(self, otherwise: float = float("nan")) -> float:
+        """Of one process; a network that was not trained on this data yet takes as long as any other here did."""
+        known = mean_seconds(self.study)
+        return float(sum(known.get(network, known.get("", otherwise)) for network in self.counted()[1]))
+
+    def counted(self) -> tuple[int, list[str]]:
+        """Trainings that are done, and the networks of those left. A trial that is chosen is also the first seed."""
         done, missing = 0, list[str]()
         for row in self.table.rows:
             if row.baseline is not None:
@@ -266,10 +279,7 @@ class Runner:
                 known += sum(score is not None for score in scores)
             done += known
             missing += [self.recipe(row, trials).network] * (total - known)
-        seconds = mean_seconds(self.study)
-        each = [seconds.get(network, seconds.get("", np.nan)) for network in missing]
-        about = "time unknown before the first" if np.isnan(each).any() else f"about {duration(sum(each) / self.jobs)}"
-        return f"{len(missing)} of {done + len(missing)} trainings left" + (f", {about}" if missing else "")
+        return done, missing
 
     @property
     def seeds(self) -> range:
@@ -419,6 +429,20 @@ def mean_seconds(study: Study) -> dict[str, float]:
         for network in (result["recipe"]["network"], ""):
             found.setdefault(network, []).append(result["seconds"])
     return {network: float(np.mean(seconds)) for network, seconds in found.items()}
+
+
+def in_all(runners: Sequence[Runner], jobs: int) -> str:
+    """About how long all data sets take together; one without trainings yet takes what the others take a training."""
+    means = [known[""] for runner in runners if (known := mean_seconds(runner.study))]
+    otherwise = float(np.mean(means)) if means else float("nan")
+    trainings = sum(len(runner.counted()[1]) for runner in runners)
+    seconds = sum(runner.seconds_left(otherwise) for runner in runners)
+    return f"in all {trainings} trainings left" + (f", {about_time(seconds / jobs)}" if trainings else "")
+
+
+def about_time(seconds: float) -> str:
+    """For people; NaN is not known."""
+    return "time unknown before the first" if seconds != seconds else f"about {duration(seconds)}"
 
 
 def duration(seconds: float) -> str:

@@ -248,6 +248,32 @@ def test_the_time_left_is_known_after_the_first_training(
     assert "0 of 2 trainings left" in said
 
 
+def test_the_time_of_all_data_sets_is_said_first_with_what_is_known_of_others_for_those_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rows with two trials on each log; one was done, of another network, in 60 s."""
+    for name in ("a", "b"):
+        write_tiny_log(tmp_path / name, users=40, items=60, seed=ord(name))
+    options = run.parser().parse_args(["sampling", "--out", str(tmp_path / "out")])
+    table, budget = run.only(tables.read_table("sampling"), ROWS), tables.read_budget("tiny")
+    runners = [
+        run.Runner(study, table, budget, options)
+        for name in ("a", "b")
+        if (study := run.open_study(options, str(tmp_path / name), budget)) is not None
+    ]
+    assert run.in_all(runners, 1) == "in all 8 trainings left, time unknown before the first"
+    recipe = recipe_of(table.rows[0], budget, "a", runners[0].study.search(table.rows[0], budget)[1][0], 0)
+    folder = runners[0].study.run(recipe)
+    folder.mkdir(parents=True)
+    (folder / RESULT).write_text(json.dumps({"recipe": {"network": "lr"}, "valid_ndcg@10": 0.1, "seconds": 60}))
+    assert runners[0].left() == "3 of 4 trainings left, about 3 min"
+    assert runners[1].left() == "4 of 4 trainings left, time unknown before the first"
+    assert run.in_all(runners, 2) == "in all 7 trainings left, about 4 min"  # 210 s
+    both = [str(tmp_path / name) for name in ("a", "b")]
+    assert run.main(["models", "--data", *both, "--rows", "popularity", "--out", str(tmp_path / "out")]) == 0
+    assert "in all 0 trainings left\n" in capsys.readouterr().out
+
+
 def test_a_row_whose_trials_all_diverge_is_not_tested(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target = options.report or options.out / "report" / options.budget
     try:
         budget = tables.read_budget(options.budget)
-        wanted = [tables.read_table(name) for name in options.tables or tables.names()]
+        names = options.tables or sorted(tables.names(), key=lambda name: name != "models")  # the headline first
+        wanted = [tables.read_table(name) for name in names]
         write_report(options.out, target, wanted, budget, options.data)
     except RankTowerError as error:
         Console().print(f"error: {error}", soft_wrap=True)
@@ -431,18 +432,15 @@ def lifts(study: Study, lines: Sequence[Line]) -> str:
     """What one row is ahead of another by, in percent, on both list sets alike."""
     rows = {line.row.name: line for line in lines}
     pairs = [(rows[ours], rows[theirs]) for ours, theirs in LIFTS if ours in rows and theirs in rows]
-    text = list[str]()
+    paper = any(lift_in_paper(ours.row, theirs.row, study.data) for ours, theirs in pairs)
+    columns = [*(title(metric) for metric in METRICS["full"]), *(["paper, R@K / N@K"] if paper else [])]
+    text = ["#### lifts\n", f"| | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
     for name in (name for name in study.list_sets() if name != "exposed"):
         for ours, theirs in pairs:
             cells = lift_cells(ours, theirs, name)
-            paper = lift_in_paper(ours.row, theirs.row, study.data)
-            label = f"{ours.row.name} over {theirs.row.name}, {SET_NAMES[name]}"
-            text.append(f"| {label} | {' | '.join([*cells, paper])} |")
-    if not text:
-        return ""
-    columns = [*(title(metric) for metric in METRICS["full"]), "paper, R@K / N@K"]
-    head = [f"| | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"]
-    return "\n".join(["#### lifts\n", *head, *text, ""])
+            cells += [lift_in_paper(ours.row, theirs.row, study.data)] if paper else []
+            text.append(f"| {ours.row.name} over {theirs.row.name}, {SET_NAMES[name]} | {' | '.join(cells)} |")
+    return "\n".join([*text, ""]) if pairs else ""
 
 
 def lift_cells(ours: Line, theirs: Line, name: str) -> list[str]:

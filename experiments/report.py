@@ -344,6 +344,11 @@ def protocol(study: Study, budget: Budget, lines: Sequence[Line]) -> str:
         *([] if log["history"] else ["No field holds a sequence."]),
         *([f"{log['bare'] / log['train']:.0%} of the training rows have no context."] if log["bare"] else []),
         *([] if log["left"] else ["Nothing is logged of what was shown and not taken: impressions differ in grade."]),
+        *(
+            [f"{log['new']:.1%} of the test's positives are items that training never saw: no list has such items."]
+            if log["new"] and not about["stages"]
+            else []
+        ),
         "Candidates are those that were logged." if about["stages"] else CANDIDATES,
         f"Budget `{budget.name}`: {spent}, {counted(budget.seeds, 'seed')}.",
         *([f"Trained on {'; '.join(trained_on)}."] if trained_on else []),

@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget = tables.read_budget(options.budget)
         table = only(tables.read_table(options.table), options.rows)
         asked = data_sets(table, budget, options.data)
-        torch.set_num_threads(threads(options.jobs))
+        if options.jobs > 1:  # what workers leave is trained here, on as many threads as theirs
+            torch.set_num_threads(threads(options.jobs))
         studies = [open_study(options, data, budget) for data in asked]
         runners = [Runner(study, table, budget, options) for study in studies if study is not None]
         for runner in runners:

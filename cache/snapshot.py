@@ -147,7 +147,7 @@ class Snapshot:
         self._offsets = self._array("offsets", "<u8").view(np.int64)  # (n + 1,) or empty
         self._text = self._array("text", "|u1")
         texts = header.id_type == "string"
-        self._finder = open_index(
+        self.finder = open_index(
             Index(
                 self.buckets,
                 header.count,
@@ -203,7 +203,7 @@ class Snapshot:
             wanted = (layout.form, head.item_size, layout.stride)
             if found != wanted:
                 raise KernelError(f"its records are {found} (layout, floats, stride), the head reads {wanted}")
-            return open_table(layout, self.rows, self._finder, graph)
+            return open_table(layout, self.rows, self.finder, graph)
         except KernelError as error:
             raise SnapshotError(f"{self.path}: {error}: publish the release again") from error
 
@@ -234,8 +234,8 @@ class Snapshot:
     def lookup(self, ids: Ids) -> NDArray[np.int32]:
         """Rows (b,) int32 of ids, -1 where unknown. Raises SnapshotError when the ids are not of the table's type."""
         if self.id_type == "int":
-            return self._finder.lookup(as_integers(ids))
-        return self._finder.lookup(as_texts(ids))
+            return self.finder.lookup(as_integers(ids))
+        return self.finder.lookup(as_texts(ids))
 
     def ids(self, rows: NDArray[Any] | slice = slice(None)) -> NDArray[Any]:
         """Ids of rows: int64, or str in an object array."""

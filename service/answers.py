@@ -146,6 +146,7 @@ def json_ids(ids: Any) -> Any:
 def _document(ranking: Ranking) -> dict[str, Any]:
     return {
         "release": ranking.release,
+        "watermark": ranking.watermark,
         "user_known": ranking.user_known,
         "items": orjson.Fragment(_items_json(ranking)),
         "missing": json_ids(ranking.missing),

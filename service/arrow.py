@@ -238,6 +238,7 @@ def _write_any(ranking: Ranking, item_ids: IdType) -> bytes:
             columns[name] = pa.array([*part.tolist(), *unknown], pa.list_(pa.from_numpy_dtype(part.dtype)))
     said = {
         "release": ranking.release,
+        "watermark": ranking.watermark,
         "user_known": ranking.user_known,
         "missing": json_ids(ranking.missing),
         "counts": counts_of(ranking),
@@ -262,7 +263,7 @@ def _write_plain(ranking: Ranking) -> bytes | None:
         return None
     if len(ranking.missing) or not len(kept) or scores[-1] != scores[-1]:  # what is NaN is last
         return None
-    found = _template(ranking.release, len(kept), ranking.probabilities is not None)
+    found = _template(ranking.release, ranking.watermark, len(kept), ranking.probabilities is not None)
     said = {
         KNOWN: orjson.dumps(ranking.user_known).ljust(len(KNOWN)),
         COUNTS: orjson.dumps(counts_of(ranking)).ljust(len(COUNTS)),
@@ -277,7 +278,7 @@ def _write_plain(ranking: Ranking) -> bytes | None:
 
 
 @lru_cache(maxsize=256)
-def _template(release: str, rows: int, calibrated: bool) -> tuple[bytes, ...] | None:
+def _template(release: str, watermark: int, rows: int, calibrated: bool) -> tuple[bytes, ...] | None:
     """A stream of so many rows up to its columns, cut around KNOWN and COUNTS, which stand for what an answer says.
 
     None where pyarrow does not write what `_write_plain` expects.
@@ -285,7 +286,8 @@ def _template(release: str, rows: int, calibrated: bool) -> tuple[bytes, ...] | 
     kinds = {"id": np.int64, "score": np.float32, "probability": np.float32, "position": np.int32}
     seen = np.arange(1, rows + 1)  # any values, to be found again
     values = {name: seen.astype(kind) for name, kind in kinds.items() if calibrated or name != "probability"}
-    metadata = {"release": orjson.dumps(release), "user_known": KNOWN, "missing": b"[]", "counts": COUNTS}
+    said = {"release": orjson.dumps(release), "watermark": orjson.dumps(watermark)}
+    metadata = {**said, "user_known": KNOWN, "missing": b"[]", "counts": COUNTS}
     stream = _stream_of({name: pa.array(column) for name, column in values.items()}, metadata)
     rest = b"".join(_padded(column) for column in values.values()) + END
     head = stream[: -len(rest)]

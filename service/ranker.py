@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from cache.overlay import Overlay
 from cache.release import BUNDLE, INDEX, ITEMS, Release, read_release
 from cache.snapshot import Snapshot, as_integers, as_texts
 from kernel.engine import Ranked, Table, check_native, top_k
@@ -50,6 +51,7 @@ class Ranking:
     """The best items, best first; then, where asked for, those that the release does not know."""
 
     release: str
+    watermark: int  # position of the last change to the items that the answer knows
     user_known: bool | None  # None where the request named no user
     candidates: int
     scored: int  # fewer than candidates less missing where the deadline passed meanwhile
@@ -72,7 +74,7 @@ class _User(NamedTuple):
 
 
 class Ranker:
-    """Answers from one release and one user table. Immutable: to update, build another and swap the reference."""
+    """Answers from one release, what came after it and one user table. Immutable: build another to update, and swap."""
 
     def __init__(
         self,
@@ -80,16 +82,23 @@ class Ranker:
         bundle: Bundle,
         items: Snapshot,
         *,
+        overlay: Overlay | None = None,
         users: Snapshot | None = None,
         index: RetrievalIndex | None = None,
         tower: Tower | None = None,
         table: Table | None = None,
         user_cache: UserCache | None = None,
     ) -> None:
+        """table: of the release's items, without the overlay."""
         _check_items(document, bundle, items)
         _check_users(bundle, users)
         self.document, self.bundle, self.items, self.users, self.index = document, bundle, items, users, index
-        self.table = items.table(bundle.head, bundle.graph()) if table is None else table
+        self._release_table = items.table(bundle.head, bundle.graph()) if table is None else table
+        if overlay is not None:
+            _check_overlay(document, items, overlay)
+        self.overlay = overlay
+        self.table = self._release_table if overlay is None else overlay.over(self._release_table)
+        self.watermark = document.watermark if overlay is None else overlay.watermark
         self.release = document.id
         self.spec, self.head = bundle.spec, bundle.head
         self._tower, self._user_cache = tower or bundle.user_tower(), user_cache
@@ -124,15 +133,22 @@ class Ranker:
 
     def with_users(self, users: Path | None) -> Ranker:
         """The same release with another user table. Raises SnapshotError or ReleaseError unless it fits."""
-        table = Snapshot.open(users) if users else None
+        return self._with(self.overlay, Snapshot.open(users) if users else None)
+
+    def with_overlay(self, overlay: Overlay | None) -> Ranker:
+        """The same release under another overlay. Raises SnapshotError or ReleaseError unless it fits."""
+        return self._with(overlay, self.users)
+
+    def _with(self, overlay: Overlay | None, users: Snapshot | None) -> Ranker:
         return Ranker(
             self.document,
             self.bundle,
             self.items,
-            users=table,
+            overlay=overlay,
+            users=users,
             index=self.index,
             tower=self._tower,
-            table=self.table,
+            table=self._release_table,
             user_cache=self._user_cache,
         )
 
@@ -221,6 +237,7 @@ class Ranker:
             scores = np.concatenate([scores, np.full(len(last), np.nan, np.float32)])
         return Ranking(
             release=self.release,
+            watermark=self.watermark,
             user_known=user.known,
             candidates=len(ids),
             scored=ranked.seen - len(missing),
@@ -235,7 +252,7 @@ class Ranker:
     def retrieve(self, request: RetrieveRequest[Any, Any], clock: StageClock | None = None) -> Ranking:
         """The best items of the catalogue: each user head searches, the union is scored exactly.
 
-        Raises RetrievalOff where there is no index.
+        What came after the release is in no index: all of it is scored. Raises RetrievalOff where there is no index.
         """
         clock = clock or StageClock()
         if self.index is None:
@@ -244,12 +261,13 @@ class Ranker:
         clock.lap("encode")
         record = self._record(user.features)
         clock.lap("user")
-        rows = np.asarray(self.index.search(record, request.items_per_head), np.int32)
+        rows = self._with_newer(np.asarray(self.index.search(record, request.items_per_head), np.int32))
         scores = self.table.score(record, rows)
         clock.lap("score")
         best = top_k(scores, request.k)
         ranking = Ranking(
             release=self.release,
+            watermark=self.watermark,
             user_known=user.known,
             candidates=len(rows),
             scored=len(rows),
@@ -263,8 +281,26 @@ class Ranker:
         clock.lap("topk")
         return ranking
 
+    def _with_newer(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Rows of the release that are served still, and all of the overlay."""
+        if self.overlay is None:
+            return rows
+        newer = np.arange(len(self.items), len(self.items) + self.overlay.held, dtype=np.int32)
+        return np.concatenate([rows[~np.isin(rows, self._hidden)], newer])
+
+    @cached_property
+    def _hidden(self) -> NDArray[np.int32]:
+        """Rows of the release that its overlay replaces or deletes, rising."""
+        return np.empty(0, np.int32) if self.overlay is None else self.overlay.hides(self.items)
+
     def _ids_of(self, rows: NDArray[np.int32]) -> Ids:
-        ids = self.items.ids(rows)
+        count = len(self.items)
+        if self.overlay is None:
+            ids = self.items.ids(rows)
+        else:
+            ids = np.empty(len(rows), np.int64 if self.items.id_type == "int" else object)
+            own = rows < count
+            ids[own], ids[~own] = self.items.ids(rows[own]), self.overlay.items.ids(rows[~own] - count)
         return ids if self.items.id_type == "int" else Texts.of(ids.tolist())
 
     def _explain(self, record: NDArray[np.float32], rows: NDArray[np.int32]) -> Explanation:
@@ -364,7 +400,10 @@ class Ranker:
     def sample(self, items: int, users: int, seed: int) -> tuple[list[Any], list[Any]]:
         """Ids drawn without repetition from the catalogue and the user table, as many as there are at most."""
         rng = np.random.default_rng(seed)
-        return _draw(self.items, items, rng), _draw(self.users, users, rng) if self.users else []
+        drawn = _draw(len(self.items), items, rng)
+        served = drawn[~np.isin(drawn, self._hidden)]
+        people = self.users.ids(_draw(len(self.users), users, rng)).tolist() if self.users else []
+        return self.items.ids(served).tolist(), people
 
     def describe(self) -> dict[str, Any]:
         """`schema.ReleaseAnswer`."""
@@ -374,7 +413,8 @@ class Ranker:
             "bundle": self.bundle.id,
             "snapshot": self.items.id,
             "created": self.document.created,
-            "items": len(self.items),
+            "items": len(self.table) - len(self._hidden),
+            "watermark": self.watermark,
             "users": len(self.users) if self.users else 0,
             "item_id_type": self.spec.item_id_type,
             "user_id_type": self.spec.user_id_type,
@@ -452,6 +492,18 @@ def _check_items(document: Release, bundle: Bundle, items: Snapshot) -> None:
         )
 
 
+def _check_overlay(document: Release, items: Snapshot, overlay: Overlay) -> None:
+    """Raise ReleaseError unless the overlay was embedded with the release's bundle, after the release."""
+    found = (overlay.items.owner, overlay.items.id_type, overlay.items.record_size, overlay.items.dtype)
+    wanted = (items.owner, items.id_type, items.record_size, items.dtype)
+    if found != wanted or overlay.watermark < document.watermark:
+        raise ReleaseError(
+            f"overlay {overlay.items.path} is {found} (bundle, id type, floats, type) to change {overlay.watermark}, "
+            f"release {document.id} is {wanted} and holds all up to {document.watermark}",
+            remedy="delete the file",
+        )
+
+
 def _check_users(bundle: Bundle, users: Snapshot | None) -> None:
     """Raise ReleaseError unless the user table was encoded with the bundle's specification."""
     spec = bundle.spec
@@ -470,7 +522,5 @@ def _probabilities(calibration: Calibration | None, scores: NDArray[np.float32])
     return None if calibration is None else probabilities(scores, calibration.a, calibration.b)
 
 
-def _draw(table: Snapshot, count: int, rng: np.random.Generator) -> list[Any]:
-    rows = rng.choice(len(table), min(count, len(table)), replace=False) if len(table) else np.empty(0, np.int64)
-    ids: list[Any] = table.ids(rows).tolist()
-    return ids
+def _draw(rows: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    return rng.choice(rows, min(count, rows), replace=False) if rows else np.empty(0, np.int64)

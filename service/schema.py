@@ -115,6 +115,7 @@ class RankAnswer(_Record):
     """The best items, best first; equal scores keep your order."""
 
     release: str
+    watermark: int = Field(description="Position of the last change to the items that the answer knows.")
     user_known: bool | None = Field(description="Whether the user table knows `user_id`; null where none was sent.")
     items: list[RankedItem]
     missing: list[int] | list[str] = Field(description="Ids that the release does not know, in your order.")
@@ -142,6 +143,7 @@ class ReleaseAnswer(_Record):
     model_config = ConfigDict(extra="allow")
 
     release: str
+    watermark: int = Field(description="Position of the last change to the items that is served.")
     bundle: str
     snapshot: str
     created: str

@@ -43,6 +43,7 @@ def ranking_of(answer: httpx.Response) -> Ranking:
             positions=_sealed(batch.column("position").to_numpy(zero_copy_only=False)),
             missing=_id_array(pa.array(said["missing"], batch.column("id").type)),
             release=said["release"],
+            watermark=said.get("watermark", 0),
             user_known=said["user_known"],
             timings=timings_of(answer.headers.get("server-timing")),
             explanations=_explanations(batch),

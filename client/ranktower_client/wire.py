@@ -68,6 +68,7 @@ class Ranking:
     positions: npt.NDArray[np.int32]  # (k,) into the candidates that were sent; -1 when retrieved
     missing: npt.NDArray[Any]  # (m,) ids that the release does not know, in the order sent
     release: str
+    watermark: int  # position of the last change to the items that the answer knows
     user_known: bool | None  # whether the user table knows the user_id; None where none was sent
     timings: Mapping[str, float] = field(default_factory=dict)  # milliseconds by stage, from Server-Timing
     explanations: tuple[Mapping[str, Any] | None, ...] = ()  # (k,) item_heads, similarities; empty unless asked for
@@ -212,6 +213,7 @@ def _ranking(document: Mapping[str, Any], timings: Mapping[str, float]) -> Ranki
             positions=_sealed(np.array([_position(item) for item in items], np.int32)),
             missing=_id_array(document["missing"]),
             release=document["release"],
+            watermark=document.get("watermark", 0),
             user_known=document["user_known"],
             timings=timings,
             explanations=explanations if _any(items, "explanation") else (),

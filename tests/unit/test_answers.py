@@ -84,6 +84,7 @@ def test_nothing_is_scored_after_the_deadline(ranker: Ranker, answerer: Answerer
 def test_the_answer_holds_what_the_ranking_holds() -> None:
     ranking = Ranking(
         release="r1",
+        watermark=12,
         user_known=None,
         candidates=3,
         scored=2,
@@ -96,6 +97,7 @@ def test_the_answer_holds_what_the_ranking_holds() -> None:
     )
     assert orjson.loads(encode_ranking(ranking)) == {
         "release": "r1",
+        "watermark": 12,
         "user_known": None,
         "items": [
             {
@@ -115,8 +117,9 @@ def test_the_answer_holds_what_the_ranking_holds() -> None:
 def made_ranking(count: int, **more: Any) -> Ranking:
     scores = np.random.default_rng(0).normal(size=count).astype(np.float32)
     given: dict[str, Any] = {
-        "release": "r1", "user_known": True, "candidates": count, "scored": count, "missing": np.empty(0, np.int64),
-        "kept": np.arange(count), "positions": np.arange(count, dtype=np.int32), "scores": scores,
+        "release": "r1", "watermark": 0, "user_known": True, "candidates": count, "scored": count,
+        "missing": np.empty(0, np.int64), "kept": np.arange(count), "positions": np.arange(count, dtype=np.int32),
+        "scores": scores,
         "probabilities": None, "explanation": None,
     }  # fmt: skip
     return Ranking(**{**given, **more})

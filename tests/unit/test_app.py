@@ -66,7 +66,7 @@ def test_rank_answers_with_the_best_items_first(client: httpx.Client, made: Tiny
     response = client.post("/v1/rank", json={"user_id": 4, "candidates": [9, *made.item_ids[:9]], "top_k": 10})
     answer = response.json()
     assert response.status_code == 200
-    assert [*answer] == ["release", "user_known", "items", "missing", "counts"]
+    assert [*answer] == ["release", "watermark", "user_known", "items", "missing", "counts"]
     assert answer["user_known"] is True
     assert answer["missing"] == [9]
     assert answer["counts"] == {"candidates": 10, "scored": 9, "returned": 10}

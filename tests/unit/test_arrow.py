@@ -151,6 +151,7 @@ def test_a_template_says_what_pyarrow_writes(known: bool | None, calibrated: boo
     scores = np.linspace(2, -1, kept, dtype=np.float32)
     ranking = Ranking(
         release="20260101T000000000-abc",
+        watermark=2**62,
         user_known=known,
         candidates=12_345,
         scored=12_345,

@@ -3,6 +3,7 @@
 current                        {"current": id, "previous": [newest first]}, replaced by one rename
 releases/<id>/...              complete releases; a publisher renames them into place
 users/<spec id>/<version>/...  user tables; users/<spec id>/current names the version
+changes, records, dead         change logs (cache/file_log.py)
 tmp/<name>, tmp/<name>.lock    a publisher at work; the lock is free once it is dead
 .lock                          held for every change of what readers see
 """
@@ -21,8 +22,10 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
+from cache.changes import ChangeLog
 from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
 from cache.errors import StoreError, UnknownRelease, disk_error
+from cache.file_log import FileLog
 from cache.release import (
     NAME,
     RELEASE,
@@ -196,6 +199,20 @@ class FileStore:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    # --- change logs
+
+    def log(self, name: str) -> ChangeLog:
+        return FileLog(self.root / name)
+
+    def logs(self, kind: str) -> Names:
+        with self._disk():
+            return sorted(f"{kind}/{folder.name}" for folder in (self.root / kind).glob("*") if folder.is_dir())
+
+    def delete_log(self, name: str) -> None:
+        with self._disk():
+            if (self.root / name).exists():
+                shutil.rmtree(self.root / name)
 
     # --- places
 

@@ -46,6 +46,10 @@ class Chunks:
     def __init__(self, client: Any, prefix: str, url: str, lease_s: float) -> None:
         self._client, self._prefix, self._url, self._lease_s = client, prefix, url, lease_s
 
+    @property
+    def prefix(self) -> str:
+        return self._prefix
+
     def missing(self, base: str, artifact: Artifact) -> list[Chunk]:
         """Chunks that are not there, or of another size."""
         chunks = list(artifact.chunks())

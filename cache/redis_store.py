@@ -6,6 +6,8 @@
     {prefix}:publishing:<id>             lease of a publisher at work, renewed with every batch of chunks
     {prefix}:notices                     channel: a message for every change of `current`
     prefix:release:<id>:<file>:<n>       chunks of 2 MiB; prefix:users:<version>:<file>:<n> likewise
+    prefix:changes, prefix:dead,         change logs (cache/redis_log.py)
+    prefix:records:<bundle id>
 
 The braces are part of the names: they keep what a script changes together in one hash slot, while the chunks spread.
 Only scripts change `current` and the manifests of releases.
@@ -30,8 +32,10 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from cache.changes import ChangeLog
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.redis_chunks import Chunks, Manifest
+from cache.redis_log import RedisLog
 from cache.release import (
     RELEASE,
     USER_TABLE,
@@ -275,6 +279,26 @@ class RedisStore:
         """Names of all artifacts that have a manifest."""
         tables = {parse_users(raw, self.url).id for raw in self._client.hvals(self._users)}
         return tables | {name.decode() for name in self._client.hkeys(self._releases)}
+
+    # --- change logs
+
+    def log(self, name: str) -> ChangeLog:
+        with self._errors():
+            return RedisLog(self._client, self._log_key(name), self._errors)
+
+    def logs(self, kind: str) -> Names:
+        start = self._log_key(f"{kind}/")
+        with self._errors():
+            keys = [key.decode() for key in self._client.scan_iter(match=f"{start}*", count=1000)]
+        return sorted({f"{kind}/{key[len(start) :].split(':')[0]}" for key in keys})
+
+    def delete_log(self, name: str) -> None:
+        with self._errors():
+            for key in (self._log_key(name), f"{self._log_key(name)}:floor"):
+                self._client.unlink(key)
+
+    def _log_key(self, name: str) -> str:
+        return f"{self._chunks.prefix}:{name.replace('/', ':')}"
 
     # --- what dead publishers left
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from cache.changes import ChangeLog
 from cache.errors import StoreError
 from cache.release import Progress, Release, UserTable, no_progress
 
@@ -127,6 +128,14 @@ class ReleaseStore(ReadableStore, Protocol):
         """The manifest of the user table: its version, how many users, how large."""
 
     def delete_users(self, spec_id: str) -> None: ...
+
+    def log(self, name: str) -> ChangeLog:
+        """The change log of that name (cache/changes.py), there once something was appended to it."""
+
+    def logs(self, kind: str) -> Names:
+        """Names of all logs that begin with `kind` and a slash."""
+
+    def delete_log(self, name: str) -> None: ...
 
 
 def open_store(url: str) -> ReleaseStore:

@@ -131,6 +131,8 @@ def test_every_source_file_of_a_room_has_a_test_file() -> None:
         "file_store": "test_stores.py",
         "redis_chunks": "test_stores.py",
         "redis_store": "test_stores.py",
+        "file_log": "test_changes.py",
+        "redis_log": "test_changes.py",
         "store": "test_stores.py",
         "log": "test_datasets.py",
         "schema": "test_schema.py",

@@ -1,0 +1,253 @@
+"""What changed between two full publishes: append-only logs of changes, what their entries hold, and what they sum to.
+
+    changes              item rows as they came, and ids of deleted items: the source of truth
+    records/<bundle id>  the same embedded with a bundle, each entry with the stretch of `changes` that it stems from
+    dead                 rows that could not be embedded, and why
+
+An entry has a *position*: a number that never falls, the same for every reader, and meaningless otherwise. A release
+names the position of `changes` up to which its items file contains what is in the log: its *watermark*. Only entries
+behind it concern that release.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import StoreError
+from kernel.ids import Ids, Texts
+from model.features import IdType
+
+CHANGES, DEAD = "changes", "dead"
+ENTRY_ROWS = 1_000  # changes in one entry, at most
+ENTRY_BYTES = 64 << 20  # no entry is larger
+
+UPSERT, DELETE, RECORDS, REMOVED = b"U", b"D", b"R", b"X"
+_STRETCH = struct.Struct("<cxxxIqqq")  # kind, floats of a record, since, after, until
+_IDS = struct.Struct("<cxxxI")  # i or s, count
+
+
+def records_log(bundle_id: str) -> str:
+    """The name of a bundle's log of records."""
+    return f"records/{bundle_id}"
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One entry of a log, whatever it holds."""
+
+    position: int
+    at_ms: int  # when it was appended: Unix time by the clock of who keeps the log; never falls
+    payload: bytes
+
+
+class ChangeLog(Protocol):
+    """An append-only log that many processes write and read. Every method raises StoreError, naming log and remedy."""
+
+    def append(self, payloads: Sequence[bytes]) -> int:
+        """Add entries, one behind the other, all or none of them; returns the position of the last.
+
+        They outlive what the store outlives. After an error they may be there all the same, or twice.
+        """
+
+    def read(self, after: int, limit: int) -> list[Entry]:
+        """Up to `limit` entries whose position is beyond `after`, in their order."""
+
+    def last(self) -> int:
+        """The position of the newest entry that there ever was, 0 before the first."""
+
+    def newest(self) -> Entry | None:
+        """The last entry, None where none is left."""
+
+    def position_at(self, at_ms: int) -> int:
+        """A position that is not before any entry appended at or before that moment, and before all later ones."""
+
+    def trim(self, up_to: int) -> None:
+        """Give the space back of entries at or before a position. Some may stay, none behind it goes."""
+
+    def floor(self) -> int:
+        """The highest position that was announced for trimming: who needs entries before it may come too late."""
+
+    def raise_floor(self, position: int) -> None:
+        """Announce it; a lower one than before changes nothing."""
+
+
+# --- what entries hold -----------------------------------------------------------------------------------------------
+
+
+class Upserted(NamedTuple):
+    """Items that are new or have changed, in an entry of `changes`."""
+
+    rows: bytes  # an Arrow IPC stream with one batch: the columns of the items file, the name of the ids' as metadata
+
+
+class Deleted(NamedTuple):
+    """Items that are gone, in an entry of `changes`."""
+
+    ids: Ids
+
+
+Change = Upserted | Deleted
+
+
+def encode_change(change: Change) -> bytes:
+    return UPSERT + change.rows if isinstance(change, Upserted) else DELETE + _encode_ids(change.ids)
+
+
+def decode_change(entry: Entry) -> Change:
+    kind, content = entry.payload[:1], entry.payload[1:]
+    if kind == UPSERT:
+        return Upserted(content)
+    if kind == DELETE:
+        return Deleted(_decode_ids(content, 0)[0])
+    raise _unknown(CHANGES, entry)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """What a bundle makes of the entries of `changes` from `after` (excluded) to `until`, in an entry of its log.
+
+    Stretches follow each other: whoever holds all up to a position between `after` and `until` may add this one, and
+    nobody else. So an entry that comes twice, or one of another line of entries, changes nothing. `since` is where the
+    line begins; it goes on from there without a gap.
+    """
+
+    since: int
+    after: int
+    until: int
+    ids: Ids  # (n,), each once
+    records: NDArray[np.float32] | None  # (n, item size); None where the items are gone
+
+
+def encode_embedded(embedded: Embedded) -> bytes:
+    records = embedded.records
+    kind, size = (REMOVED, 0) if records is None else (RECORDS, records.shape[1])
+    head = _STRETCH.pack(kind, size, embedded.since, embedded.after, embedded.until)
+    values = b"" if records is None else np.ascontiguousarray(records, "<f4").tobytes()
+    return head + _encode_ids(embedded.ids) + values
+
+
+def decode_embedded(entry: Entry) -> Embedded:
+    """The arrays are views of the payload."""
+    if entry.payload[:1] not in (RECORDS, REMOVED):
+        raise _unknown("records", entry)
+    kind, size, since, after, until = _STRETCH.unpack_from(entry.payload)
+    ids, end = _decode_ids(entry.payload, _STRETCH.size)
+    records = np.frombuffer(entry.payload, "<f4", offset=end).reshape(len(ids), size) if kind == RECORDS else None
+    return Embedded(since=since, after=after, until=until, ids=ids, records=records)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A change that a bundle could not take."""
+
+    bundle_id: str
+    position: int  # of its entry in `changes`
+    id: int | str | None  # None where the ids of the entry cannot be read
+    reason: str
+
+
+def encode_dead(letters: Sequence[DeadLetter]) -> bytes:
+    return msgspec.json.encode(letters)
+
+
+def decode_dead(entry: Entry) -> list[DeadLetter]:
+    try:
+        return msgspec.json.decode(entry.payload, type=list[DeadLetter])
+    except msgspec.MsgspecError as error:
+        raise _unknown(DEAD, entry) from error
+
+
+def _unknown(log: str, entry: Entry) -> StoreError:
+    return StoreError(
+        f"the entry of the log {log!r} at {entry.position} begins with {entry.payload[:8]!r}, which this version does "
+        "not read: use the version that wrote it"
+    )
+
+
+def _encode_ids(ids: Ids) -> bytes:
+    """Padded to a multiple of 8, so that what follows lies as numbers should."""
+    if isinstance(ids, Texts):
+        whole = Texts.of(ids.tolist())
+        content = whole.sizes.astype("<u4").tobytes() + whole.data.tobytes()
+        return _IDS.pack(b"s", len(ids)) + content + bytes(-len(content) % 8)
+    return _IDS.pack(b"i", len(ids)) + np.ascontiguousarray(ids, "<i8").tobytes()
+
+
+def _decode_ids(payload: bytes, offset: int) -> tuple[Ids, int]:
+    """The ids, and where they end."""
+    kind, count = _IDS.unpack_from(payload, offset)
+    start = offset + _IDS.size
+    if kind == b"i":
+        return np.frombuffer(payload, "<i8", count, start), start + 8 * count
+    sizes = np.frombuffer(payload, "<u4", count, start).astype(np.int64)
+    used = 4 * count + int(sizes.sum())
+    text = np.frombuffer(payload, np.uint8, used - 4 * count, start + 4 * count)
+    return Texts(text, np.cumsum(sizes) - sizes, sizes), start + used + -used % 8
+
+
+# --- what they sum to ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Folded:
+    """All that has changed behind a release's watermark, the latest of each item. Immutable: `plus` makes another.
+
+    An item is in `ids` or in `deleted` or in neither, never in both.
+    """
+
+    watermark: int  # all of `changes` up to here is in it, or in the release
+    ids: Ids  # (n,) items that are new or have changed
+    records: NDArray[np.float32]  # (n, item size) in their order
+    deleted: Ids  # (m,)
+    _ids: tuple[int | str, ...] = ()  # the same as objects
+    _deleted: frozenset[int | str] = frozenset()
+
+    @classmethod
+    def start(cls, watermark: int, id_type: IdType, record_size: int) -> Folded:
+        """Nothing changed yet behind the watermark of a release."""
+        none = _as_ids([], id_type)
+        return cls(watermark, none, np.empty((0, record_size), np.float32), none)
+
+    def __len__(self) -> int:
+        """How many items it has something to say of."""
+        return len(self.ids) + len(self.deleted)
+
+    def plus(self, entries: Iterable[Embedded]) -> Folded:
+        """With entries of the bundle's log in their order; those that do not follow what is known change nothing."""
+        watermark = self.watermark
+        latest: dict[int | str, tuple[int, int] | None] = {}  # where the record of an id lies: stretch, row
+        stretches: list[NDArray[np.float32]] = []
+        for entry in entries:
+            if not entry.after <= watermark < entry.until:
+                continue
+            watermark = entry.until
+            if entry.records is None:
+                latest.update(dict.fromkeys(entry.ids.tolist()))
+            else:
+                places = zip(entry.ids.tolist(), range(len(entry.ids)), strict=True)
+                latest.update((item, (len(stretches), row)) for item, row in places)
+                stretches.append(entry.records)
+        if not latest:
+            return Folded(watermark, self.ids, self.records, self.deleted, self._ids, self._deleted)
+        kept = [item not in latest for item in self._ids]
+        placed = {item: place for item, place in latest.items() if place is not None}
+        fresh = [stretches[stretch][row] for stretch, row in placed.values()]
+        ids = (*compress(self._ids, kept), *placed)
+        deleted = self._deleted.difference(placed).union(latest.keys() - placed.keys())
+        records = np.concatenate([self.records[np.asarray(kept, np.bool_)], *(row[None] for row in fresh)])
+        id_type: IdType = "string" if isinstance(self.ids, Texts) else "int"
+        return Folded(watermark, _as_ids(ids, id_type), records, _as_ids(tuple(deleted), id_type), ids, deleted)
+
+
+def _as_ids(ids: Sequence[int | str], id_type: IdType) -> Ids:
+    return Texts.of([str(item) for item in ids]) if id_type == "string" else np.asarray(ids, np.int64)

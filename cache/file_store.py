@@ -26,6 +26,7 @@ from cache.changes import ChangeLog
 from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.file_log import FileLog
+from cache.follow import Follower
 from cache.release import (
     NAME,
     RELEASE,
@@ -55,6 +56,7 @@ class FileStore:
         self.url = url
         self.root = Path(place).expanduser()
         self._verified: set[Path] = set()
+        self._follower = Follower(self.log)
 
     # --- releases
 
@@ -197,8 +199,12 @@ class FileStore:
                 (home / "current").unlink(missing_ok=True)
                 shutil.rmtree(home)
 
+    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
+        return self._follower.bring(folder, cache_dir)
+
     def close(self) -> None:
-        """Nothing is held open."""
+        """Only overlays are held."""
+        self._follower.close()
 
     # --- change logs
 

@@ -28,6 +28,7 @@ from cache.store import Names, ReadableStore
 from model.errors import RankTowerError
 
 VIEW = "view.json"
+CHANGES_S = 0.2  # how often the changes behind a release are looked for, at least
 POLL_S = 0.1  # how often a waiting reader looks at the view
 FIRST_WORD_S = 5.0  # how long a reader waits for the first view of all
 
@@ -40,6 +41,7 @@ class LocalRelease:
 
     folder: str
     spec_id: str  # whose user table goes with it
+    overlay: str | None = None  # what came after it, if anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,7 @@ class Mirror:
         pause_s = self.look(0.0)
         while True:
             time.sleep(pause_s)
-            pause_s = self.look(self._refresh_s)
+            pause_s = self.look(min(self._refresh_s, CHANGES_S))
 
     def look(self, timeout_s: float) -> float:
         """Wait for news, fetch what is named, tell; returns how long to pause. Whatever fails is told, too."""
@@ -122,6 +124,8 @@ class Mirror:
     def _bring(self, release_id: str) -> bool:
         """Fetch the release and the user tables of what lies here; returns whether all of it is here now."""
         whole = self._attempt("release", release_id, partial(self._bring_release, release_id))
+        if release_id in self.view.releases:
+            whole = self._attempt("changes", release_id, partial(self._bring_changes, release_id)) and whole
         for spec_id in {release.spec_id for release in self.view.releases.values()}:
             version = self._store.users_version(spec_id)
             whole = self._attempt(spec_id, version, partial(self._bring_users, spec_id, version)) and whole
@@ -159,6 +163,13 @@ class Mirror:
         users = {spec_id: table for spec_id, table in self.view.users.items() if spec_id in specs}
         self._tell(releases=releases, users=users)
         self._store.drop_cached(self._cache_dir, {*releases})
+
+    def _bring_changes(self, release_id: str) -> None:
+        """Tell of what came after the release; what was told before stays told."""
+        here = self.view.releases[release_id]
+        path = self._store.fetch_overlay(Path(here.folder), self._cache_dir)
+        if path is not None and str(path) != here.overlay:
+            self._tell(releases={**self.view.releases, release_id: replace(here, overlay=str(path))})
 
     def _bring_users(self, spec_id: str, version: str | None) -> None:
         here = self.view.users.get(spec_id)
@@ -268,6 +279,11 @@ class MirrorStore:
         if here is None:
             raise self._awaited(f"release {release_id}")
         return Path(here.folder)
+
+    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
+        """Where the newest overlay of the release lies."""
+        here = self._known().releases.get(folder.name)
+        return None if here is None or here.overlay is None else Path(here.overlay)
 
     def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
         """Nothing: who fetches deletes."""

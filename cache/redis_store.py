@@ -34,6 +34,7 @@ from redis.retry import Retry
 
 from cache.changes import ChangeLog
 from cache.errors import StoreError, UnknownRelease, disk_error
+from cache.follow import Follower
 from cache.redis_chunks import Chunks, Manifest
 from cache.redis_log import RedisLog
 from cache.release import (
@@ -131,6 +132,7 @@ class RedisStore:
         self._current, _, self._releases, self._notices = self._control
         self._users, self._check = f"{{{prefix}}}:users", f"{{{prefix}}}:publishing:check"
         self._verified: set[Path] = set()
+        self._follower = Follower(self.log)
         self._notices_of: Any = None  # redis.client.PubSub, once somebody has waited
         self._may_subscribe = True
 
@@ -243,7 +245,11 @@ class RedisStore:
             self._client.hdel(self._users, spec_id)
             self._forget(old)
 
+    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
+        return self._follower.bring(folder, cache_dir)
+
     def close(self) -> None:
+        self._follower.close()
         self._unsubscribe()
         self._client.close()
 

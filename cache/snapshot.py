@@ -162,11 +162,7 @@ class Snapshot:
         """Map the file. Raises SnapshotError unless it is whole by its sizes; `verify` checks its content."""
         try:
             with path.open("rb") as stream:
-                header = Header.unpack(path, stream.read(HEADER_BYTES))
-                size = os.fstat(stream.fileno()).st_size
-                if size != header.file_bytes:
-                    raise SnapshotError(f"{path} has {size} bytes, not {header.file_bytes}: fetch or publish it again")
-                _check_sections(path, header)
+                header = _read_header(path, stream)
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise SnapshotError(f"{path} cannot be opened ({error.strerror}): fetch or publish it again") from error
@@ -270,6 +266,24 @@ class Snapshot:
     def _array(self, name: str, dtype: str) -> NDArray[Any]:
         section = self.header.sections.get(name, Section(0, 0))
         return np.frombuffer(self._mapped, dtype, section.size // np.dtype(dtype).itemsize, section.offset)
+
+
+def read_header(path: Path) -> Header:
+    """What a file says of itself, without mapping it. Raises SnapshotError unless it is whole by its sizes."""
+    try:
+        with path.open("rb") as stream:
+            return _read_header(path, stream)
+    except OSError as error:
+        raise SnapshotError(f"{path} cannot be opened ({error.strerror}): fetch or publish it again") from error
+
+
+def _read_header(path: Path, stream: BinaryIO) -> Header:
+    header = Header.unpack(path, stream.read(HEADER_BYTES))
+    size = os.fstat(stream.fileno()).st_size
+    if size != header.file_bytes:
+        raise SnapshotError(f"{path} has {size} bytes, not {header.file_bytes}: fetch or publish it again")
+    _check_sections(path, header)
+    return header
 
 
 def _check_sections(path: Path, header: Header) -> None:

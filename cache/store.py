@@ -92,6 +92,9 @@ class ReadableStore(Protocol):
     def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
         """A local users.snap, verified, or None; copies of other versions are deleted from the cache."""
 
+    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
+        """What came after the release in a folder that `fetch` gave, as a local overlay; None where nothing has."""
+
     def close(self) -> None: ...
 
 

@@ -11,6 +11,8 @@ from time import monotonic
 from typing import Any
 
 from cache.errors import Awaited
+from cache.mirror import CHANGES_S
+from cache.overlay import Overlay
 from cache.retry import STORE_PAUSE_S, Retry
 from cache.store import ReadableStore
 from model.errors import RankTowerError
@@ -113,7 +115,7 @@ class Refresher:
         while not self._stopping.wait(pause_s):
             if self.standing.reachable:
                 self._try(seen)
-            seen, pause_s = self._look(seen, self._refresh_s)
+            seen, pause_s = self._look(seen, min(self._refresh_s, CHANGES_S))
 
     def _look(self, seen: str | None, timeout_s: float) -> tuple[str | None, float]:
         """What the store names as current, and how long to pause before going on; what was seen where it fails."""
@@ -132,6 +134,7 @@ class Refresher:
                 self.take_over(release_id)
             else:
                 self.follow_users()
+                self.follow_changes()
         except Awaited as news:
             if news.failures not in (0, self._heard):
                 self._heard = news.failures
@@ -148,6 +151,7 @@ class Refresher:
         fits = True
         if serving is not None and serving.release == release_id:
             fits = self.follow_users()
+            self.follow_changes()
         elif release_id is not None:  # a store without any release has lost all it had: that deletes no users here
             try:
                 self._take_release(release_id)
@@ -181,12 +185,29 @@ class Refresher:
         self._users_retry = Retry()
         return True
 
+    def follow_changes(self) -> None:
+        """Serve what came after the release, too: in one step, and never less of it than before."""
+        ranker = self.standing.ranker
+        if ranker is None:
+            return
+        newer = self._under_changes(ranker)
+        if newer is not ranker:
+            self._stand(ranker=newer)
+
+    def _under_changes(self, ranker: Ranker) -> Ranker:
+        path = self._store.fetch_overlay(ranker.items.path.parent, self._cache_dir)
+        if path is None or (ranker.overlay is not None and ranker.overlay.items.path == path):
+            return ranker
+        overlay = Overlay.open(path)
+        return ranker if overlay.watermark < ranker.watermark else ranker.with_overlay(overlay)
+
     def _take_release(self, release_id: str) -> None:
         serving = self.standing.ranker
         try:
             folder = self._store.fetch(release_id, self._cache_dir)
             ranker = Ranker.open(folder, retrieval=self._retrieval, user_cache=self._user_cache)
             ranker.check()
+            ranker = self._under_changes(ranker)
             if self._huge_pages:
                 log.debug("%.0f %% of the items are in huge pages", 100 * ranker.items.settle())
             # what serves stays until the next one comes: a rollback finds it here

@@ -48,7 +48,7 @@ REMEDIES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits any
         "asks for a certificate, and that this port speaks TLS",
     ),
     (failures.AuthenticationError, "check user and password in the URL"),
-    (failures.NoPermissionError, "give this user the commands and keys that docs/operations.md lists"),
+    (failures.NoPermissionError, "give this user the commands and keys that docs/stores.md lists"),
     (failures.OutOfMemoryError, "free memory with `ranktower releases prune --keep 1` or raise maxmemory"),
     (failures.ReadOnlyError, "this is a replica: publish to the primary, or name its Sentinel"),
     (failures.BusyLoadingError, "it is loading its data: try again soon"),
@@ -58,7 +58,10 @@ REMEDIES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits any
     (failures.ClusterError, "slots are on the move: try again once the resharding has ended"),
     (failures.TryAgainError, "slots are on the move: try again once the resharding has ended"),
     (failures.AskError, "this is a node of a Redis Cluster: write redis+cluster://"),  # MOVED is one
-    (failures.TimeoutError, "it does not answer in time: check its load and the network"),
+    (
+        failures.TimeoutError,
+        "it does not answer in time: check its load, the network, and with rediss:// that this port speaks TLS",
+    ),
     (
         failures.ConnectionError,
         "check that redis-server runs there and that the URL is right (rediss:// where the port speaks TLS)",

@@ -95,7 +95,7 @@ class RedisStore:
         self._lease_s = lease_s
         self._control = [f"{{{prefix}}}:{name}" for name in ("current", "previous", "releases", "notices")]
         self._current, _, self._releases, self._notices = self._control
-        self._users, self._check = f"{{{prefix}}}:users", f"{{{prefix}}}:publishing:check"
+        self._users = f"{{{prefix}}}:users"
         self._verified: set[Path] = set()
         self._notices_of: Any = None  # redis.client.PubSub, once somebody has waited
         self._may_subscribe = True
@@ -113,7 +113,8 @@ class RedisStore:
 
     def check_writable(self) -> None:
         with self._errors():
-            self._client.set(self._check, b"", px=1000)
+            for prefix in (self._address.prefix, f"{{{self._address.prefix}}}"):  # of the chunks, of the rest
+                self._client.set(f"{prefix}:check", b"", px=1000)
 
     def publish(self, folder: Path, progress: Progress = no_progress) -> str:
         release = read_release(folder)

@@ -62,7 +62,18 @@ class RedisServer:
         return f"127.0.0.1:{self.port}"
 
     def client(self) -> Redis:
-        return Redis(port=self.port)
+        """One that may do all."""
+        if "--tls-cert-file" not in self._options:
+            return Redis(host="127.0.0.1", port=self.port)
+        files = dict(zip(self._options[::2], self._options[1::2], strict=True))
+        return Redis(
+            host="127.0.0.1",
+            port=self.port,
+            ssl=True,
+            ssl_ca_certs=files["--tls-ca-cert-file"],
+            ssl_certfile=files["--tls-cert-file"],
+            ssl_keyfile=files["--tls-key-file"],
+        )
 
     def start(self) -> bool:
         """Start on `self.port`; True once it answers, False when the port was taken."""
@@ -233,9 +244,14 @@ class Certificates:
     key: Path
 
     def options(self) -> tuple[str, ...]:
-        """Of a server that asks its clients for certificates, should they have one."""
+        """Of a server that speaks TLS only, to clients with a certificate of the same authority."""
         files = ("--tls-cert-file", str(self.certificate), "--tls-key-file", str(self.key))
-        return (*files, "--tls-ca-cert-file", str(self.authority), "--tls-auth-clients", "optional")
+        return (*files, "--tls-ca-cert-file", str(self.authority))
+
+    @property
+    def query(self) -> str:
+        """Of a client's URL."""
+        return f"ssl_ca_certs={self.authority}&ssl_certfile={self.certificate}&ssl_keyfile={self.key}"
 
 
 def write_certificates(folder: Path) -> Certificates:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from redis import Redis
@@ -27,17 +28,21 @@ from cache.release import CHUNK_BYTES, ITEMS, RELEASE, Release, created_at, read
 from cache.snapshot import Snapshot
 from cache.store import ReleaseStore, open_store
 from tests.redis_server import (
+    Certificates,
     RedisServer,
     cluster_url,
     eventually,
+    has_tls,
     redis_server,
     running_cluster,
     running_redis,
     running_sentinel,
+    write_certificates,
 )
 from tests.releases import SPEC_ID, write_release, write_users
 
 ROOT = Path(__file__).resolve().parents[2]
+PASSWORD = "pa%2Fss%40w%3Ard"  # as it is written in a URL
 LEASE_S = 0.2  # of the publishers that are killed here
 
 
@@ -64,12 +69,42 @@ def sentinel_store() -> Iterator[str]:
         yield watched.url
 
 
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    if not has_tls():
+        pytest.skip("this redis-server has no TLS: install Debian's package redis-server, for example")
+    return write_certificates(tmp_path_factory.mktemp("tls") / "ours")
+
+
+@pytest.fixture(scope="session")
+def tls_server(certificates: Certificates) -> Iterator[RedisServer]:
+    with running_redis(*certificates.options()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tls_store(tls_server: RedisServer, certificates: Certificates) -> str:
+    """As a user who may do what docs/stores.md lists, with a certificate of his own."""
+    with tls_server.client() as admin:
+        allow(admin, "publisher", "test*")
+    return f"rediss://publisher:{PASSWORD}@{tls_server.address}?{certificates.query}"
+
+
+def allow(admin: Any, user: str, prefix: str) -> None:
+    """Make a user as docs/stores.md says, for the keys of a prefix."""
+    found = re.search(rf"ACL SETUSER {user} (.*)", (ROOT / "docs" / "stores.md").read_text())
+    assert found is not None
+    rules = found[1].replace("ranktower", prefix).replace(">password", f">{unquote(PASSWORD)}")
+    admin.execute_command("ACL SETUSER", user, *rules.split())
+
+
 @dataclass
 class Place:
     """A store that is empty at first, seen by several clients."""
 
     url: str
     local: Path
+    admin: str = ""  # URL of a user who may do all, where that of the store may not
 
     def open(self) -> ReleaseStore:
         """A client of its own, as another process would have."""
@@ -86,7 +121,7 @@ class Place:
 
     def redis(self) -> Any:
         """A client that may do all, of the kind that the store has."""
-        return connect(read_url(self.url))
+        return connect(read_url(self.admin or self.url))
 
     def damage(self, release_id: str, change: Callable[[bytes], bytes]) -> None:
         """Change the first chunk of the stored item table."""
@@ -110,14 +145,15 @@ class Place:
         return len(names - listed)
 
 
-@pytest.fixture(params=["file", "redis_url", "cluster_store", "sentinel_store"])
+@pytest.fixture(params=["file", "redis_url", "cluster_store", "sentinel_store", "tls_store"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     if request.param == "file":
         yield Place(f"file://{tmp_path}/store", tmp_path)
         return
     name = re.sub(r"\W", "-", request.node.name)
     url = request.getfixturevalue(request.param)
-    place = Place(f"{url}{'&' if '?' in url else '?'}prefix={name}", tmp_path)
+    admin = url.replace(f"publisher:{PASSWORD}@", "")
+    place = Place(f"{url}{'&' if '?' in url else '?'}prefix={name}", tmp_path, admin)
     yield place
     with place.redis() as client:
         client.flushdb()

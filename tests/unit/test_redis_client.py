@@ -143,7 +143,7 @@ def test_a_password_that_a_server_repeats_is_hidden() -> None:
         (failures.TryAgainError("Multiple keys request during rehashing of slot"), "resharding"),
         (failures.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."), "raise maxmemory"),
         (failures.ReadOnlyError("You can't write against a read only replica."), "publish to the primary"),
-        (failures.NoPermissionError("this user has no permissions"), r"docs/operations\.md"),
+        (failures.NoPermissionError("this user has no permissions"), r"docs/stores\.md"),
         (failures.LockNotOwnedError("no longer owned"), "publish again"),
         (failures.TimeoutError("Timeout reading from socket"), "in time"),
         (failures.ResponseError("MISCONF Redis is configured to save RDB snapshots"), "server's log"),

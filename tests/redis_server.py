@@ -22,6 +22,7 @@ from threading import Thread
 from redis import Redis
 
 READY = (b"Ready to accept connections", b"+monitor master")  # of a server, of a sentinel
+NOBODY = "127.0.0.1:1"  # where nothing listens
 ATTEMPTS = 5  # another process may take the port between its choice and its use
 BUS = 10_000  # nodes of a cluster talk to each other on their port and this
 SLOTS = 16_384
@@ -65,14 +66,16 @@ class RedisServer:
         """One that may do all."""
         if "--tls-cert-file" not in self._options:
             return Redis(host="127.0.0.1", port=self.port)
-        files = dict(zip(self._options[::2], self._options[1::2], strict=True))
+        ca, certificate, key = (
+            self._options[self._options.index(f"--tls-{name}-file") + 1] for name in ("ca-cert", "cert", "key")
+        )
         return Redis(
             host="127.0.0.1",
             port=self.port,
             ssl=True,
-            ssl_ca_certs=files["--tls-ca-cert-file"],
-            ssl_certfile=files["--tls-cert-file"],
-            ssl_keyfile=files["--tls-key-file"],
+            ssl_ca_certs=ca,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
         )
 
     def start(self) -> bool:
@@ -88,13 +91,13 @@ class RedisServer:
         return True
 
     def _command(self) -> list[str]:
-        common = ["--bind", "127.0.0.1", "--dir", str(self._folder), "--daemonize", "no"]
-        if self._config is not None:  # a sentinel, which writes into its configuration
-            path = self._folder / "sentinel.conf"
-            path.write_text(self._config)
-            return [binary(), str(path), "--port", str(self.port), *common, "--sentinel"]
         port = ["--port", "0", "--tls-port"] if "--tls-cert-file" in self._options else ["--port"]
-        return [binary(), *port, str(self.port), *common, "--save", "", "--appendonly", "no", *self._options]
+        options = [*port, str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--daemonize", "no"]
+        if self._config is None:
+            return [binary(), *options, "--save", "", "--appendonly", "no", *self._options]
+        path = self._folder / "sentinel.conf"  # a sentinel writes into its configuration
+        path.write_text(self._config)
+        return [binary(), str(path), *options, *self._options, "--sentinel"]
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)
@@ -201,27 +204,30 @@ class Watched:
     @property
     def url(self) -> str:
         """The first sentinel of two is down."""
-        return f"redis+sentinel://127.0.0.1:{free_port()},{self.sentinel.address}/{SERVICE}/0"
+        return f"redis+sentinel://{NOBODY},{self.sentinel.address}/{SERVICE}/0"
 
 
 @contextmanager
-def running_sentinel(*settings: str) -> Iterator[Watched]:
-    """All three, the sentinel knowing the replica. `settings`: more lines of the sentinel's configuration."""
+def running_sentinel(*options: str) -> Iterator[Watched]:
+    """All three, the sentinel knowing the replica."""
     with ExitStack() as stack:
-        master = stack.enter_context(running_redis("--repl-diskless-sync-delay", "0"))
-        replica = stack.enter_context(running_redis("--replicaof", "127.0.0.1", str(master.port)))
+        master = stack.enter_context(running_redis("--repl-diskless-sync-delay", "0", *options))
+        replica = stack.enter_context(running_redis(*options, "--replicaof", "127.0.0.1", str(master.port)))
+        with replica.client() as client:
+            assert eventually(lambda: client.info("replication")["master_link_status"] == "up")
         lines = (
             f"sentinel monitor {SERVICE} 127.0.0.1 {master.port} 1",
             f"sentinel down-after-milliseconds {SERVICE} {DOWN_MS}",
-            f"sentinel failover-timeout {SERVICE} 10000",
-            *settings,
+            f"sentinel failover-timeout {SERVICE} 10000\n",
         )
-        sentinel = stack.enter_context(running_redis(config="\n".join(lines) + "\n"))
-        with replica.client() as client:
-            assert eventually(lambda: client.info("replication")["master_link_status"] == "up")
+        sentinel = stack.enter_context(running_redis(*options, config="\n".join(lines)))
         with sentinel.client() as client:
-            assert eventually(lambda: client.sentinel_master(SERVICE)["num-slaves"] == 1)
+            assert eventually(lambda: _may_replace(client.sentinel_slaves(SERVICE)))
         yield Watched(master, replica, sentinel)
+
+
+def _may_replace(replicas: list[dict[str, str]]) -> bool:
+    return [replica["master-link-status"] for replica in replicas] == ["ok"]
 
 
 # --- TLS -------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from cache.redis_store import RedisStore
 from cache.release import read_release, verify_release
 from tests.integration.test_stores import LEASE_S, PASSWORD, allow
 from tests.redis_server import (
+    NOBODY,
     SERVICE,
     Certificates,
     RedisServer,
     Watched,
     cluster_url,
     eventually,
-    free_port,
     has_tls,
     running_cluster,
     running_redis,
@@ -67,7 +67,7 @@ def test_the_chunks_of_a_release_lie_on_all_masters(cluster: list[RedisServer], 
 
 
 def test_a_node_that_is_down_does_not_keep_a_cluster_from_being_found(cluster: list[RedisServer]) -> None:
-    store = RedisStore(f"redis+cluster://127.0.0.1:{free_port()},{cluster[2].address}?prefix=found")
+    store = RedisStore(f"redis+cluster://{NOBODY},{cluster[2].address}?prefix=found")
     assert store.current() is None
     store.close()
 
@@ -258,8 +258,8 @@ def test_an_unknown_master_is_told_with_those_there_are() -> None:
 
 
 def test_sentinels_that_do_not_answer_are_told() -> None:
-    with pytest.raises(StoreError, match=r"no master 'main' is up: 127.0.0.1:\d+ says .*Connection refused"):
-        RedisStore(f"redis+sentinel://127.0.0.1:{free_port()}/main").current()
+    with pytest.raises(StoreError, match=rf"no master 'main' is up: {NOBODY} says .*Connection refused"):
+        RedisStore(f"redis+sentinel://{NOBODY}/main").current()
 
 
 # --- TLS and users ---------------------------------------------------------------------------------------------------
@@ -316,10 +316,24 @@ def test_tls_on_one_side_alone_is_told(tls_server: RedisServer, certificates: Ce
 
 def test_a_cluster_speaks_tls(certificates: Certificates, folders: list[Path], tmp_path: Path) -> None:
     with running_cluster(*certificates.options(), "--tls-cluster", "yes") as servers:
-        store = RedisStore(f"rediss+{cluster_url(servers).removeprefix('redis+')}?{certificates.query}")
-        name = activated(store, folders[1])
-        assert verify_release(store.fetch(name, tmp_path)).id == name
-        store.close()
+        keeps_releases(with_tls(cluster_url(servers), certificates), folders[1], tmp_path)
+
+
+def test_sentinel_speaks_tls(certificates: Certificates, folders: list[Path], tmp_path: Path) -> None:
+    with running_sentinel(*certificates.options(), "--tls-replication", "yes") as watched:
+        keeps_releases(with_tls(watched.url, certificates), folders[1], tmp_path)
+
+
+def with_tls(url: str, certificates: Certificates) -> str:
+    return f"{url.replace('redis', 'rediss', 1)}?{certificates.query}"
+
+
+def keeps_releases(url: str, folder: Path, cache: Path) -> None:
+    store = RedisStore(url)
+    name = activated(store, folder)
+    assert store.wait(None, 1) == name
+    assert verify_release(store.fetch(name, cache)).id == name
+    store.close()
 
 
 def test_a_reader_may_do_what_a_replica_needs_and_no_more(folders: list[Path], tmp_path: Path) -> None:

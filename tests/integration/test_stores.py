@@ -702,8 +702,34 @@ def test_replicas_of_one_machine_share_a_download(redis_url: str, folders: list[
     assert not fetched.acquire(blocking=False), "downloaded more than once"
 
 
-def test_redis_holds_little_more_than_the_bytes_of_a_release(folders: list[Path], tmp_path: Path) -> None:
-    with running_redis() as server, Redis.from_url(server.url) as client:
-        published(Place(f"{server.url}?prefix=size", tmp_path), folders[:1])
-        used = sum(client.memory_usage(key, samples=0) or 0 for key in client.scan_iter())  # not buffers of connections
-    assert used < 1.05 * read_release(folders[0]).size_bytes
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of 20 MB: eleven chunks, three pipelines."""
+    folder = tmp_path_factory.mktemp("large") / "release"
+    write_release(folder, items=40_000)
+    return folder
+
+
+def test_a_publisher_that_was_killed_sends_only_what_is_missing_when_started_again(large: Path, tmp_path: Path) -> None:
+    with running_redis() as server, server.client() as client:
+        place = Place(f"{server.url}?prefix=resumed", tmp_path)
+        kill_publisher(place, large, "publish")
+        lies_there = sum(client.strlen(key) for key in client.scan_iter("resumed:release:*"))
+        missing = read_release(large).size_bytes - lies_there
+        before = client.info("stats")["total_net_input_bytes"]
+        name = place.open().publish(large)
+        sent = client.info("stats")["total_net_input_bytes"] - before
+        assert verify_release(place.fetch(name)).id == name
+    assert lies_there > 6 * 1000 * 1000  # the first pipeline: the bundle's file and three chunks
+    assert missing <= sent < 1.01 * missing  # keys, the lease, the manifest
+
+
+def test_redis_holds_little_more_than_the_bytes_of_a_release(large: Path) -> None:
+    with running_redis() as server, server.client() as client:
+        before = client.info("memory")["used_memory"]
+        store = RedisStore(f"{server.url}?prefix=size")
+        store.activate(store.publish(large))
+        store.close()
+        limit = 1.05 * read_release(large).size_bytes
+        assert sum(client.memory_usage(key, samples=0) or 0 for key in client.scan_iter()) < limit
+        assert eventually(lambda: client.info("memory")["used_memory"] - before < limit)  # once buffers have gone

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from redis import exceptions as failures
 
 from cache.errors import StoreError
-from cache.redis_client import SCHEMES, read_url, store_error, without_password
+from cache.redis_client import OPTIONS, SCHEMES, read_url, store_error, without_password
 from cache.redis_store import RedisStore
 from cache.store import REDIS, open_store
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_scheme_has_a_store() -> None:
     assert set(SCHEMES) == set(REDIS)
+
+
+def test_every_scheme_and_option_is_documented() -> None:
+    page = (ROOT / "docs" / "stores.md").read_text()
+    assert [scheme for scheme in SCHEMES if f"`{scheme}://" not in page] == []
+    assert [name for name in OPTIONS if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,17 @@ REMEDIES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits any
 )
 
 
+PASSING = (  # what ends by itself: a restart, a failover, slots on the move
+    failures.ConnectionError,
+    failures.TimeoutError,
+    failures.ReadOnlyError,
+    failures.ClusterError,
+    failures.TryAgainError,
+    failures.LockNotOwnedError,
+)
+PIPELINED = re.compile(r"^Command # \d+ \(.*\) of pipeline caused error: ", re.DOTALL)  # it has the content of chunks
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in ("yes", "no", "true", "false", "1", "0"):
         raise ValueError(f"{text!r} is neither yes nor no")
@@ -254,11 +265,18 @@ def store_error(address: Address, error: Exception) -> StoreError:
     """Where it went wrong, what, and what to do."""
     chain = list(_chain(error))
     found, remedy = next((each, text) for kind, text in REMEDIES for each in chain if isinstance(each, kind))
-    said = " ".join(filter(None, (getattr(found, "status_code", None), str(found)))) or type(found).__name__
+    said = " ".join(filter(None, (getattr(found, "status_code", None), PIPELINED.sub("", str(found)))))
     password = address.options["password"]
-    for secret in {password, quote(password, safe="")} if password else ():
-        said = said.replace(secret, "***")  # a server may repeat what it has not understood
-    return StoreError(f"{address.url}: {said}: {remedy}")
+    for secret in {password, quote(password, safe="")} if password else ():  # a server may repeat what it is sent
+        said = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", said)
+    return StoreError(f"{address.url}: {said or type(found).__name__}: {remedy}")
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same may succeed in a while, nobody doing anything."""
+    chain = list(_chain(error))
+    refused = any(isinstance(each, failures.AuthenticationError) for each in chain)  # a ConnectionError, too
+    return not refused and any(isinstance(each, PASSING) for each in chain)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -26,11 +26,12 @@ from redis.exceptions import NoPermissionError, RedisClusterException, RedisErro
 
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.redis_chunks import Chunks, Manifest
-from cache.redis_client import CONNECT_TIMEOUT_S, connect, read_url, store_error
+from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
 from cache.release import (
     RELEASE,
     USER_TABLE,
     USERS,
+    Artifact,
     Progress,
     Release,
     UserTable,
@@ -45,6 +46,7 @@ from cache.release import (
 from cache.store import HISTORY, Names, ReleaseInfo, ReleaseInfos
 
 LEASE_S = 30.0  # a publisher that has written nothing for so long is dead
+PATIENCE_S = 60.0  # how long a publisher waits for a server that is restarted or replaced
 POLL_S = 1.0  # how often a waiting reader looks, should a notice be lost
 
 ACTIVATE = """
@@ -120,7 +122,7 @@ class RedisStore:
         release = read_release(folder)
         with self._errors():
             manifest = Manifest(self._releases, release.id, (folder / RELEASE).read_bytes())
-            self._chunks.upload(f"release:{release.id}", folder, release, manifest, progress)
+            self._upload(f"release:{release.id}", folder, release, manifest, progress)
         return release.id
 
     def activate(self, release_id: str) -> None:
@@ -186,7 +188,7 @@ class RedisStore:
             table = seal_users(folder)
             old = self._user_table(table.spec_id)
             manifest = Manifest(self._users, table.spec_id, (folder / USERS).read_bytes())
-            self._chunks.upload(f"users:{table.id}", folder, table, manifest, progress)
+            self._upload(f"users:{table.id}", folder, table, manifest, progress)
             self._forget(old)
         return table.id
 
@@ -227,6 +229,24 @@ class RedisStore:
     def _cache(self, cache_dir: Path) -> Path:
         """The part of a cache that is this store's alone, whatever password it is read with."""
         return cache_dir / sha256(self.url.encode())[:16]
+
+    def _upload(self, base: str, folder: Path, artifact: Artifact, manifest: Manifest, progress: Progress) -> None:
+        """Upload, and after a failure that passes go on with what is missing then: a failover may have lost some."""
+        last = time.monotonic()
+
+        def note(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            last = time.monotonic()
+            progress(stage, done, total)
+
+        while True:
+            try:
+                return self._chunks.upload(base, folder, artifact, manifest, note)
+            except (RedisError, RedisClusterException) as error:
+                if not is_passing(error) or time.monotonic() > last + PATIENCE_S:
+                    raise
+                log.warning("%s; trying again for %g s", store_error(self._address, error), PATIENCE_S)
+                time.sleep(POLL_S)
 
     # --- manifests
 

@@ -8,7 +8,7 @@ import pytest
 from redis import exceptions as failures
 
 from cache.errors import StoreError
-from cache.redis_client import OPTIONS, SCHEMES, read_url, store_error, without_password
+from cache.redis_client import OPTIONS, SCHEMES, is_passing, read_url, store_error, without_password
 from cache.redis_store import RedisStore
 from cache.store import REDIS, open_store
 
@@ -142,6 +142,22 @@ def test_a_password_that_a_server_repeats_is_hidden() -> None:
         address, failures.ResponseError("unknown command `AUTH`, with args: `ranker` `s/ecret` s%2Fecret")
     )
     assert "ecret" not in str(error)
+
+
+def test_what_a_pipeline_carried_is_not_shown() -> None:
+    error = failures.OutOfMemoryError("Command # 1 (SET key personal\n(data)...) of pipeline caused error: not allowed")
+    assert ": not allowed: free memory" in str(store_error(read_url("redis://host"), error))
+
+
+def test_only_what_ends_by_itself_is_waited_for() -> None:
+    assert is_passing(failures.ConnectionError("refused"))
+    assert is_passing(failures.ReadOnlyError("a replica"))
+    assert not is_passing(failures.AuthenticationError("wrong"))
+    wrapped = failures.RedisClusterException("cannot be connected")
+    assert not is_passing(wrapped)
+    wrapped.__cause__ = failures.ConnectionError("refused")
+    assert is_passing(wrapped)
+    assert not is_passing(failures.OutOfMemoryError("full"))
 
 
 @pytest.mark.parametrize(

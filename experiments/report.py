@@ -346,7 +346,7 @@ def protocol(study: Study, budget: Budget, lines: Sequence[Line]) -> str:
         *([] if log["left"] else ["Nothing is logged of what was shown and not taken: impressions differ in grade."]),
         *(
             [f"{log['new']:.1%} of the test's positives are items that training never saw: no list has such items."]
-            if log["new"] and not about["stages"]
+            if log["new"] >= 0.0005 and not about["stages"]
             else []
         ),
         "Candidates are those that were logged." if about["stages"] else CANDIDATES,

@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,8 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget = tables.read_budget(options.budget)
         table = only(tables.read_table(options.table), options.rows)
         asked = data_sets(table, budget, options.data)
-        if options.jobs > 1:  # what workers leave is trained here, on as many threads as theirs
-            torch.set_num_threads(threads(options.jobs))
         studies = [open_study(options, data, budget) for data in asked]
         runners = [Runner(study, table, budget, options) for study in studies if study is not None]
         for runner in runners:
@@ -71,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end_with_parent()
         elif options.jobs > 1 and any(runner.tasks() for runner in runners):
             share(arguments, options.jobs)
-        work(runners)  # after workers: what they left, if they were killed
+        with on_threads(threads(options.jobs)) if options.jobs > 1 else nullcontext():
+            work(runners)  # after workers: what they left, if they were killed
         failed = [] if options.worker else [name for runner in runners for name in runner.end()]
     except RankTowerError as error:
         console.print(f"error: {error}", soft_wrap=True)
@@ -205,6 +204,17 @@ def work(runners: Sequence[Runner]) -> None:
 def threads(jobs: int) -> int:
     """Of each process."""
     return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Let torch use so many, as workers do: sums come out alike only with as many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def share(arguments: Sequence[str], jobs: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from redis.crc import key_slot
+from redis.exceptions import ResponseError
 
 from cache.errors import StoreError
 from cache.redis_store import RedisStore
@@ -140,8 +141,7 @@ def test_a_cluster_that_lost_a_master_says_so_and_goes_on_once_it_is_back(folder
     with running_cluster("--cluster-node-timeout", "500") as servers:
         store = RedisStore(f"{cluster_url(servers)}?prefix=lost", lease_s=LEASE_S)
         name = activated(store, folders[1])
-        with servers[0].client() as client:
-            owner = client.cluster("KEYSLOT", "{lost}") * 3 // 16_384
+        owner = key_slot(b"{lost}") * 3 // 16_384
         servers[(owner + 1) % 3].kill()
         assert eventually(lambda: "bring the masters back" in failure(store))
         servers[owner].kill()
@@ -151,6 +151,45 @@ def test_a_cluster_that_lost_a_master_says_so_and_goes_on_once_it_is_back(folder
         assert eventually(lambda: not failure(store))
         assert store.current() is None  # nothing was saved to disk
         assert activated(store, folders[1]) == name
+
+
+def test_a_replica_in_a_cluster_takes_over(folders: list[Path], tmp_path: Path) -> None:
+    node = ("--cluster-enabled", "yes", "--cluster-node-timeout", "500")
+    with running_cluster("--cluster-node-timeout", "500") as servers, running_redis(*node) as replica:
+        owner = key_slot(b"{over}") * 3 // 16_384
+        with servers[owner].client() as master, replica.client() as client:
+            client.execute_command("CLUSTER MEET", *servers[owner].address.split(":"))
+            name = master.execute_command("CLUSTER MYID")
+            assert eventually(lambda: name.decode() in str(client.cluster("NODES")))
+            assert eventually(lambda: replicates(client, name))
+            assert eventually(lambda: client.info("replication")["master_link_status"] == "up")
+            assert all(eventually(lambda server=server: knows_replica(server, name)) for server in servers)  # they vote
+            store = RedisStore(f"{cluster_url(servers)}?prefix=over", lease_s=LEASE_S)
+            old = activated(store, folders[1])
+            assert eventually(lambda: master.wait(1, 1000) == 1)
+            killed = servers[owner]
+
+            def kill(stage: str, done: int, total: int) -> None:
+                killed.kill()
+
+            new = store.publish(folders[0], kill)
+            assert store.current() == old
+            store.activate(new)
+            assert client.execute_command("ROLE")[0] == b"master"
+            assert verify_release(store.fetch(new, tmp_path)).id == new
+
+
+def replicates(client: Redis, master_id: bytes) -> bool:
+    try:
+        return bool(client.execute_command("CLUSTER REPLICATE", master_id))
+    except ResponseError:  # it does not know that node well yet
+        return False
+
+
+def knows_replica(server: RedisServer, master_id: bytes) -> bool:
+    with server.client() as client:
+        nodes: dict[str, dict[str, str]] = client.cluster("NODES")
+    return any(node["master_id"] == master_id.decode() for node in nodes.values())
 
 
 def failure(store: RedisStore) -> str:

@@ -258,7 +258,10 @@ class Runner:
         self.alone = not options.worker
 
     def begin(self) -> None:
-        """Freeze the test lists, and say what is left."""
+        """Claim the folder if anything is left, freeze the test lists, and say what is left."""
+        if self.left_tasks():
+            count = threads(self.jobs) if self.jobs > 1 else torch.get_num_threads()
+            self.study.claim({"device": self.device, "threads": count, "native": available()})
         self.study.freeze()
         if self.alone:
             self.say(f"{self.table.title}: {self.left()}")
@@ -387,7 +390,6 @@ class Runner:
 
     def trained(self, part: Path, row: Row, recipe: Recipe, resume: bool) -> dict[str, Any]:
         """Train in a folder; what is kept of it."""
-        self.study.claim({"device": self.device, "threads": torch.get_num_threads(), "native": available()})
         with progress_bars() if self.alone else nullcontext() as progress:
             try:
                 metrics = train(

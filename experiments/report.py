@@ -171,10 +171,11 @@ divides by min(K, positives), the gain of NDCG is 2^grade - 1, relevant is a gra
 value, lists without a positive are left out. Numbers are means over seeds ± their standard deviation. Differences (Δ)
 are to the reference row (in bold), over the same lists, ± their standard deviation over seeds, each seed beside the
 same one of the reference. Intervals are of 95 %, from a bootstrap over users of what is averaged over seeds; a lift is
-a ratio of means less 1, users drawn for both together, ± its deviation over seeds. An interval tells whether other users
-would say the same of these very trainings; whether other seeds would, the deviation tells. The paper's numbers have another K, split and lists than ours:
-compare orders and lifts, not values. Best epoch: of each seed, of those of the budget; still rising: the last was the
-best of a seed. Looks at test lists before the date at the head of a table stand in experiments/LOG.md. n/a: not run; –: no list has anything to measure.
+a ratio of means less 1, users drawn for both together, ± its deviation over seeds. An interval tells whether other
+users would say the same of these very trainings; whether other seeds would, the deviation tells. The paper's numbers
+have another K, split and lists than ours: compare orders and lifts, not values. Best epoch: of each seed, of those of
+the budget; still rising: the last was the best of a seed. Looks at test lists before the date at the head of a table
+stand in experiments/LOG.md. n/a: not run; –: no list has anything to measure.
 """
 
 

@@ -54,7 +54,9 @@ users = typer.Typer(help="Publish, show and delete the user table of a bundle, b
 app.add_typer(users, name="users")
 console = Console(highlight=False, soft_wrap=True)
 
-StoreUrl = Annotated[str, typer.Option("--store", help="file://./folder or redis://host:port/db?prefix=name")]
+StoreUrl = Annotated[
+    str, typer.Option("--store", help="file://./folder, redis://host:port/db?prefix=name, or another of docs/stores.md")
+]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Bundle folder, as `ranktower export` writes it.")]
 WorkFolder = Annotated[Path, typer.Option("--work", help="Folder to build in.")]
 CacheDir = Annotated[Path, typer.Option("--cache", help="Where releases from a remote store are kept locally.")]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ class Measured:
 
     def deviation(self, metric: str) -> float:
         """Over seeds; NaN for one."""
-        return float(self.means[metric].std(ddof=1)) if self.seeds > 1 else float("nan")
+        return deviation(self.means[metric])
 
     def interval(self, metric: str) -> Interval:
         """Averaged over seeds; 95 % by resampling users."""
@@ -80,13 +82,25 @@ class Measured:
 
     def deviation_from(self, reference: Measured, metric: str) -> float:
         """Of the difference to the reference, seed by seed, over the seeds that both have; NaN for one."""
+        return deviation([ours - theirs for ours, theirs in self.beside(reference, metric)])
+
+    def lift_deviation_from(self, reference: Measured, metric: str) -> float:
+        """Of the ratio to the reference, likewise."""
+        return deviation([ours / theirs if theirs else math.nan for ours, theirs in self.beside(reference, metric)])
+
+    def beside(self, reference: Measured, metric: str) -> list[tuple[float, float]]:
+        """This row and the reference, with each seed that both have."""
         seeds = [seed for seed in self.seed or reference.seed if seed in (reference.seed or self.seed)]
-        difference = [self.mean(metric, seed) - reference.mean(metric, seed) for seed in seeds]
-        return float(np.std(difference, ddof=1)) if len(seeds) > 1 else float("nan")
+        return [(self.mean(metric, seed), reference.mean(metric, seed)) for seed in seeds]
 
     def mean(self, metric: str, seed: int) -> float:
         """With one seed; a baseline's is the same with any."""
         return float(self.means[metric][self.seed.index(seed) if self.seed else 0])
+
+
+def deviation(values: Sequence[float] | np.ndarray) -> float:
+    """Of a sample; NaN for one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +171,11 @@ divides by min(K, positives), the gain of NDCG is 2^grade - 1, relevant is a gra
 value, lists without a positive are left out. Numbers are means over seeds ± their standard deviation. Differences (Δ)
 are to the reference row (in bold), over the same lists, ± their standard deviation over seeds, each seed beside the
 same one of the reference. Intervals are of 95 %, from a bootstrap over users of what is averaged over seeds; a lift is
-a ratio of means less 1, users drawn for both together. The paper's numbers have another K, split and lists than ours:
-compare orders and lifts, not values. Best epoch: of each seed, of those of the budget; still rising: the last was the
-best of a seed. n/a: not run; –: no list has anything to measure.
+a ratio of means less 1, users drawn for both together, ± its deviation over seeds. An interval tells whether other
+users would say the same of these very trainings; whether other seeds would, the deviation tells. The paper's numbers
+have another K, split and lists than ours: compare orders and lifts, not values. Best epoch: of each seed, of those of
+the budget; still rising: the last was the best of a seed. Looks at test lists before the date at the head of a table
+stand in experiments/LOG.md. n/a: not run; –: no list has anything to measure.
 """
 
 
@@ -228,9 +244,21 @@ def scored(root: Path) -> list[dict[str, Any]]:
 
 def tests_said(study: Study) -> str:
     """How often test lists of this data were scored."""
-    codes = [line["code"] for line in scored(study.root) if line["data"] == study.data]
-    here = codes.count(code_of(study))
-    return f"Test lists were scored {counted(here, 'time')} by this code, {counted(len(codes), 'time')} by any."
+    tests = [line for line in scored(study.root) if line["data"] == study.data]
+    here = sum(line["code"] == code_of(study) for line in tests)
+    said = f"Test lists were scored {counted(here, 'time')} by this code, {counted(len(tests), 'time')} by any"
+    first = min((line["time"] for line in tests), default=None)
+    return said + (f" since {datetime.fromtimestamp(first, UTC):%Y-%m-%d}." if first is not None else ".")
+
+
+def teacher_said(study: Study) -> list[str]:
+    """How well the teacher of most rows tells what users took from what they left."""
+    path = study.teacher_folder() / RESULT
+    if not path.is_file():
+        return []
+    teacher = json.loads(path.read_text())
+    auc = ", ".join(f"{behaviour} {value:.3f}" for behaviour, value in teacher["auc"].items())
+    return [f"AUC of the teacher{' that was logged' if teacher['logged'] else ', out of fold by user'}: {auc}."]
 
 
 def counted(count: int, what: str) -> str:
@@ -346,12 +374,13 @@ def protocol(study: Study, budget: Budget, lines: Sequence[Line]) -> str:
         *([] if log["left"] else ["Nothing is logged of what was shown and not taken: impressions differ in grade."]),
         *(
             [f"{log['new']:.1%} of the test's positives are items that training never saw: no list has such items."]
-            if log["new"] and not about["stages"]
+            if log["new"] >= 0.0005 and not about["stages"]
             else []
         ),
         "Candidates are those that were logged." if about["stages"] else CANDIDATES,
         f"Budget `{budget.name}`: {spent}, {counted(budget.seeds, 'seed')}.",
         *([f"Trained on {'; '.join(trained_on)}."] if trained_on else []),
+        *teacher_said(study),
         tests_said(study),
     ]
     return " ".join(said) + "\n"
@@ -410,8 +439,8 @@ def metric_cells(line: Line, name: str, budget: Budget) -> list[str]:
     short = "" if line.row.baseline or found.seeds == budget.seeds else f" ({found.seeds} of {budget.seeds} seeds)"
     cells = []
     for metric in METRICS[name]:
-        mean, deviation = float(found.means[metric].mean()), found.deviation(metric)
-        spread = "" if deviation != deviation else f" ± {deviation:.4f}"
+        mean, over_seeds = float(found.means[metric].mean()), found.deviation(metric)
+        spread = "" if over_seeds != over_seeds else f" ± {over_seeds:.4f}"
         cells.append(NOTHING if mean != mean else f"{mean:.4f}{spread}{short}")
     at = found.interval(MAIN[name])
     return [*cells, f"[{at.low:.4f}, {at.high:.4f}]" if at.lists else NOTHING]
@@ -427,9 +456,9 @@ def difference_cells(line: Line, reference: Line, name: str) -> list[str]:
     return [difference_cell(ours.compared(theirs, metric), ours.deviation_from(theirs, metric)) for metric in wanted]
 
 
-def difference_cell(at: Interval, deviation: float) -> str:
+def difference_cell(at: Interval, over_seeds: float) -> str:
     """Mean ± deviation over seeds, if there are several, and the interval."""
-    spread = "" if deviation != deviation else f" ± {deviation:.4f}"
+    spread = "" if over_seeds != over_seeds else f" ± {over_seeds:.4f}"
     return f"{at.mean:+.4f}{spread} [{at.low:+.4f}, {at.high:+.4f}]" if at.lists else NOTHING
 
 
@@ -451,8 +480,15 @@ def lifts(study: Study, lines: Sequence[Line]) -> str:
 def lift_cells(ours: Line, theirs: Line, name: str) -> list[str]:
     if name not in ours.measured or name not in theirs.measured:
         return [NOT_HERE] * len(METRICS[name])
-    found = relative(ours.measured[name], theirs.measured[name], METRICS[name]).values()
-    return [f"{at.mean:+.1%} [{at.low:+.1%}, {at.high:+.1%}]" if at.mean == at.mean else NOTHING for at in found]
+    one, other = ours.measured[name], theirs.measured[name]
+    found = relative(one, other, METRICS[name])
+    return [lift_cell(at, one.lift_deviation_from(other, metric)) for metric, at in found.items()]
+
+
+def lift_cell(at: Interval, over_seeds: float) -> str:
+    """As difference_cell, in percent."""
+    spread = "" if over_seeds != over_seeds else f" ± {over_seeds:.1%}"
+    return f"{at.mean:+.1%}{spread} [{at.low:+.1%}, {at.high:+.1%}]" if at.mean == at.mean else NOTHING
 
 
 def lift_in_paper(ours: Row, theirs: Row, data: str) -> str:
@@ -534,7 +570,7 @@ def plots(table: Table, data: str, lines: Sequence[Line]) -> dict[str, str]:
     """SVGs by file name: the rows' quality on both list sets, and of the cost table what it costs."""
     files = {}
     for name in ("full", "random"):
-        if rows := qualities(lines, name):
+        if len(rows := qualities(lines, name)) > 1:
             what = f"{table.title}, {data}, {SET_NAMES[name]}: {title(MAIN[name])}"
             files[f"{table.name}-{data}-{name}.svg"] = dots(what, rows, reference=table.reference)
     full = qualities(lines, "full")

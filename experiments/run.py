@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,8 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget = tables.read_budget(options.budget)
         table = only(tables.read_table(options.table), options.rows)
         asked = data_sets(table, budget, options.data)
-        if options.jobs > 1:  # what workers leave is trained here, on as many threads as theirs
-            torch.set_num_threads(threads(options.jobs))
         studies = [open_study(options, data, budget) for data in asked]
         runners = [Runner(study, table, budget, options) for study in studies if study is not None]
         for runner in runners:
@@ -71,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end_with_parent()
         elif options.jobs > 1 and any(runner.tasks() for runner in runners):
             share(arguments, options.jobs)
-        work(runners)  # after workers: what they left, if they were killed
+        with on_threads(threads(options.jobs)) if options.jobs > 1 else nullcontext():
+            work(runners)  # after workers: what they left, if they were killed
         failed = [] if options.worker else [name for runner in runners for name in runner.end()]
     except RankTowerError as error:
         console.print(f"error: {error}", soft_wrap=True)
@@ -207,6 +206,17 @@ def threads(jobs: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Let torch use so many, as workers do: sums come out alike only with as many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def share(arguments: Sequence[str], jobs: int) -> None:
     """The same command in `jobs` processes that share the cores; returns when all have ended."""
     command = [
@@ -248,7 +258,10 @@ class Runner:
         self.alone = not options.worker
 
     def begin(self) -> None:
-        """Freeze the test lists, and say what is left."""
+        """Claim the folder if anything is left, freeze the test lists, and say what is left."""
+        if self.left_tasks():
+            count = threads(self.jobs) if self.jobs > 1 else torch.get_num_threads()
+            self.study.claim({"device": self.device, "threads": count, "native": available()})
         self.study.freeze()
         if self.alone:
             self.say(f"{self.table.title}: {self.left()}")
@@ -377,7 +390,6 @@ class Runner:
 
     def trained(self, part: Path, row: Row, recipe: Recipe, resume: bool) -> dict[str, Any]:
         """Train in a folder; what is kept of it."""
-        self.study.claim({"device": self.device, "threads": torch.get_num_threads(), "native": available()})
         with progress_bars() if self.alone else nullcontext() as progress:
             try:
                 metrics = train(

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -121,7 +121,11 @@ class Study:
         path = self.folder / "machine.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, machine)
+            ours = path.with_name(f".{path.name}.{os.getpid()}")
+            write_json(ours, machine)
+            with suppress(FileExistsError):  # another process was first, and whole: its word counts
+                os.link(ours, path)
+            ours.unlink()
         before = json.loads(path.read_text())
         if before != machine:
             raise RunError(f"{self.folder} was made with {before}, this command has {machine}: use the same, or --out")

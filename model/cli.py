@@ -202,7 +202,9 @@ def evaluate(
     log: LogFolder,
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Folder of a training run.")] = None,
     bundle: Annotated[Path | None, typer.Option("--bundle", help="Folder of an exported bundle.")] = None,
-    split: Annotated[str, typer.Option(help="train, valid or test of [split] in log.toml, or all.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="train, valid or test of [split] in log.toml; all: without candidates or popularity.")
+    ] = "test",
     size: Annotated[int, typer.Option(min=2, help="Items of a list; impressions stay, however many.")] = 200,
     k: Annotated[list[int] | None, typer.Option("--k", min=1, help="Cut-offs of Recall and NDCG; repeat it.")] = None,
     random_only: Annotated[bool, typer.Option("--random-only", help="Lists of impressions and random items.")] = False,
@@ -211,10 +213,12 @@ def evaluate(
     """Measure a checkpoint or a bundle on held-out lists, beside popularity and random on the same ones.
 
     Prints and writes Recall@K, NDCG@K and GAUC with 95 % intervals from a bootstrap over users. The log may be one that
-    the model never saw: with --split all every request is measured, each with the history before it.
+    the model never saw: with --split all every request is measured, each with the history before it. Popularity and the
+    candidates of lists are counted in training events, so that a log without any has random negatives alone, and an
+    easier list.
     """
     with mending():
-        from model.datasets.log import SPLITS, TEST, all_to_test, read_log
+        from model.datasets.log import SPLITS, TEST, TRAIN, all_to_test, read_log
         from model.evaluate import evaluate_bundle, evaluate_checkpoint
 
         if (checkpoint is None) == (bundle is None):
@@ -229,6 +233,10 @@ def evaluate(
             read, part = (all_to_test(read), TEST) if split == ALL else (read, SPLITS.index(split))
             report = measure(folder, read, split=part, size=size, random_only=random_only, ks=ks)
             report["split"] = split
+            report["training_events"] = int((read.split == TRAIN).sum())
+            if not report["training_events"]:
+                del report["rows"]["popularity"]  # of nothing: it would be chance by another name
+            report["candidates"] = read.has_stages or bool(report["training_events"] and not random_only)
         show_rows(report["rows"], report["lists"])
         show_remarks(report, ks, size)
         write_report(out, report)
@@ -249,6 +257,11 @@ def show_remarks(report: Mapping[str, Any], ks: Sequence[int], size: int) -> Non
     """What a reader of the numbers has to know of the log beside the model."""
     new, dropped, longest = report["new"], report["dropped"], report["lists"]["size"]
     typer.echo(f"new to the model: {new['users']:,} users and {new['items']:,} items of these lists")
+    if not report["training_events"]:
+        typer.echo(
+            "this log has no training events: popularity is not known"
+            + ("" if report["candidates"] else ", and lists hold random items beside impressions, no candidates")
+        )
     if report["missing"]:
         typer.echo(f"not in this log, read as missing: {', '.join(report['missing'])}")
     if any(dropped.values()):

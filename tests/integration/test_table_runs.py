@@ -134,6 +134,24 @@ def test_a_process_killed_in_a_training_goes_on_to_the_same_result(made: Study, 
     assert scores(study).items() <= scores(made).items()
 
 
+def test_another_number_of_threads_is_refused_before_anything_is_done_and_needed_for_nothing_that_is_there(
+    made: Study, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made.root, tmp_path / "other")
+    study = Study(tmp_path / "other", log.name)
+    path = study.folder / "machine.json"
+    machine = json.loads(path.read_text())
+    path.write_text(json.dumps({**machine, "threads": machine["threads"] + 1}))
+    before = files(study)
+    asked = ["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path / "other"), "--rows"]
+    assert run.main([*asked, *ROWS]) == 0
+    assert run.main([*asked, *ROWS, "without random"]) == 2
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"this command has {machine}: use the same, or --out" in said
+    assert "training" not in said.partition("error")[2]
+    assert files(study) == before
+
+
 def test_the_same_recipe_gives_the_same_result(made: Study, log: Path, tmp_path: Path) -> None:
     again = make(log, tmp_path, rows=ROWS[1:])
     assert len(weights(again)) == 2

@@ -127,6 +127,18 @@ def test_a_bundle_is_measured_at_five_cut_offs_printed_and_written(
     assert said.stdout.endswith("evaluation.json: the same as JSON\n")
 
 
+def test_a_log_without_training_events_says_what_its_lists_lack(trained: Path, tmp_path: Path) -> None:
+    asked = ("evaluate", "--log", trained / "log", "--checkpoint", trained / "run", "--out", tmp_path / "r.json")
+    whole, lists = (ranktower(*asked, "--split", split) for split in ("all", "test"))
+    assert "popularity is not known, and lists hold random items beside impressions, no candidates" in whole.stdout
+    assert "no training events" not in lists.stdout
+    assert list(json.loads((tmp_path / "r.json").read_text())["rows"]) == ["ranktower", "popularity", "random"]
+    ranktower(*asked, "--split", "all")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert list(report["rows"]) == ["ranktower", "random"]
+    assert (report["training_events"], report["candidates"]) == (0, False)
+
+
 def test_where_a_report_goes_can_be_said(trained: Path, tmp_path: Path) -> None:
     asked = ("evaluate", "--log", trained / "log", "--checkpoint", trained / "run", "--k", 3, "--out")
     assert ranktower(*asked, tmp_path / "new" / "r.json").exit_code == 0

@@ -175,6 +175,15 @@ def test_a_difference_deviates_over_the_seeds_that_both_rows_have() -> None:
     assert np.isnan(row([0.5], (0,)).deviation_from(ours, "m"))
 
 
+def test_a_lift_deviates_over_the_seeds_that_both_rows_have() -> None:
+    def row(means: list[float], seed: tuple[int, ...]) -> Measured:
+        return Measured(means={"m": np.array(means)}, by_list={}, weights={}, user=np.zeros(0), seed=seed)
+
+    ours, theirs = row([0.5, 0.6, 0.9], (0, 1, 2)), row([0.4, 0.75], (0, 2))
+    assert ours.lift_deviation_from(theirs, "m") == pytest.approx(np.std([1.25, 1.2], ddof=1))
+    assert np.isnan(ours.lift_deviation_from(row([0.0, 0.1], (0, 1)), "m"))
+
+
 def test_a_row_rises_still_if_its_last_epoch_is_its_best_with_any_seed(study: Study, tmp_path: Path) -> None:
     put(study, ROWS[0], [perfect(study)])
     put(study, ROWS[1], [perfect(study)] * 2)
@@ -217,7 +226,7 @@ def test_a_log_that_this_code_did_nothing_on_has_all_its_rows(tmp_path: Path) ->
 def test_a_log_that_no_recipe_names_is_reported_once_a_row_was_tested(study: Study, tmp_path: Path) -> None:
     other = replace(TABLE, data=("movielens",))
     put(study, ROWS[0], [perfect(study)])
-    test = {"table": "t", "budget": "b", "data": "tiny", "code": "old"}
+    test = {"table": "t", "budget": "b", "data": "tiny", "code": "old", "time": 0}
     for changes, there in (({"table": "u"}, 0), ({"budget": "c"}, 0), ({}, 1)):
         (tmp_path / "tests.jsonl").write_text(json.dumps({**test, **changes}) + "\n")
         write_report(tmp_path, tmp_path / "out", [other], BUDGET, None)
@@ -229,10 +238,14 @@ def test_a_log_that_no_recipe_names_is_reported_once_a_row_was_tested(study: Stu
 def test_every_time_that_test_lists_were_scored_is_counted(study: Study, tmp_path: Path) -> None:
     code = study.folder.name.rpartition("-")[2]
     lines = [("tiny", code), ("tiny", code), ("tiny", "old"), ("other", code)]
-    text = "".join(json.dumps({"data": data, "code": by}) + "\n" for data, by in lines)
+    times = [2e9, 1e9 + 86_400, 1e9, 0]  # 1e9 is in the night of 2001-09-09
+    said = [{"data": data, "code": by, "time": time} for (data, by), time in zip(lines, times, strict=True)]
+    text = "".join(json.dumps(line) + "\n" for line in said)
     (tmp_path / "tests.jsonl").write_text(text)
     write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, ["tiny"])
-    assert "scored 2 times by this code, 3 times by any." in (tmp_path / "out" / "TABLES.md").read_text()
+    assert (
+        "scored 2 times by this code, 3 times by any since 2001-09-09." in (tmp_path / "out" / "TABLES.md").read_text()
+    )
 
 
 def test_budgets_have_reports_of_their_own(tmp_path: Path) -> None:
@@ -252,6 +265,14 @@ def test_the_head_says_what_the_log_is_and_what_was_spent(study: Study, tmp_path
     assert "split by time. Candidates of the test are simulated" in text  # nothing odd about this log
     assert "Budget `b`: at most 1 trial a row, 2 seeds. Trained on cpu, 1 thread; cpu, 2 threads." in text
     assert "| ours | lr 0.1 | **0.5000** |" in text
+    assert "AUC of" not in text
+    study.teacher_folder().mkdir()
+    write_json(study.teacher_folder() / RESULT, {"auc": {"click": 0.73084, "like": 0.8}, "logged": False})
+    write_report(tmp_path, tmp_path / "out", [TABLE], BUDGET, ["tiny"])
+    assert (
+        "AUC of the teacher, out of fold by user: click 0.731, like 0.800."
+        in (tmp_path / "out" / "TABLES.md").read_text()
+    )
 
 
 def test_the_head_says_what_a_log_lacks_and_a_metric_without_lists_is_a_dash(tmp_path: Path) -> None:

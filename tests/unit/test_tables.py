@@ -40,7 +40,7 @@ def test_all_rows_have_the_same_trials_but_two_that_say_so() -> None:
     assert {trials_of(row, budget) for row in rows if not row.trials} == {budget.trials}
     assert {next(iter(row.search)) for row in rows} == {"lr"}
     longer = [row for row in rows if row.trials]
-    assert [row.name for row in longer] == ["RankTower+", "Two-Tower+"]
+    assert [row.name for row in longer] == ["RankTower+", "Two-Tower+", "IntTower+", "DAT+"]
     assert len({trials_of(row, budget) for row in longer}) == 1
     assert all(trials_of(row, budget) == row.trials > budget.trials for row in longer)
 

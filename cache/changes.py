@@ -28,6 +28,7 @@ from model.features import IdType
 CHANGES, DEAD = "changes", "dead"
 ENTRY_ROWS = 1_000  # changes in one entry, at most
 ENTRY_BYTES = 64 << 20  # no entry is larger
+APPEND_BYTES = 8 << 20  # of one append, unless a single entry is larger
 
 UPSERT, DELETE, RECORDS, REMOVED = b"U", b"D", b"R", b"X"
 _STRETCH = struct.Struct("<cxxxIqqq")  # kind, floats of a record, since, after, until
@@ -81,6 +82,18 @@ class ChangeLog(Protocol):
         """Announce it; a lower one than before changes nothing."""
 
 
+def append_all(log: ChangeLog, payloads: Iterable[bytes]) -> int:
+    """Append in parts of some megabytes, for each waits for the disk; returns the position of the last, 0 of none."""
+    position, size = 0, 0
+    part: list[bytes] = []
+    for payload in payloads:
+        if part and size + len(payload) > APPEND_BYTES:
+            position, part, size = log.append(part), [], 0
+        part.append(payload)
+        size += len(payload)
+    return log.append(part) if part else position
+
+
 # --- what entries hold -----------------------------------------------------------------------------------------------
 
 
@@ -124,7 +137,7 @@ class Embedded:
     since: int
     after: int
     until: int
-    ids: Ids  # (n,), each once
+    ids: Ids  # (n,)
     records: NDArray[np.float32] | None  # (n, item size); None where the items are gone
 
 

@@ -27,6 +27,7 @@ from cache.durable import locked, locked_now, rename_durably, sync_tree, write_d
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.file_log import FileLog
 from cache.release import (
+    BUNDLE,
     NAME,
     RELEASE,
     USER_TABLE,
@@ -200,7 +201,11 @@ class FileStore:
     def close(self) -> None:
         """Nothing is held open."""
 
-    # --- change logs
+    # --- updates
+
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+        with self._disk():
+            return self._folder(release_id) / BUNDLE
 
     def log(self, name: str) -> ChangeLog:
         return FileLog(self.root / name)

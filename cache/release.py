@@ -1,6 +1,6 @@
 """The unit of deployment as a folder: one bundle, the snapshot it embedded, a manifest with the hash of every chunk.
 
-    release.json   id, created, bundle_id, snapshot_id, head, count, index, inputs, report, chunk_bytes,
+    release.json   id, created, bundle_id, snapshot_id, head, count, index, inputs, watermark, report, chunk_bytes,
                    files [{path, size, chunks [sha256]}]
     bundle/...     the bundle, as exported
     items.snap     the item table
@@ -121,6 +121,7 @@ class Release(Artifact):
     head: HeadSpec
     index: str
     inputs: str  # name of the fingerprint that inputs.hash holds
+    watermark: int  # position in the change log up to which the items hold all changes
     report: Mapping[str, Any]
 
 
@@ -155,6 +156,7 @@ def seal_release(
     head: HeadSpec,
     index: str = "none",
     inputs: str = "",
+    watermark: int = 0,
     report: Mapping[str, Any] | None = None,
     now: Clock = utc_now,
 ) -> Release:
@@ -171,6 +173,7 @@ def seal_release(
         "head": head.to_json(),
         "index": index,
         "inputs": inputs,
+        "watermark": watermark,
         "report": dict(report or {}),
     }
     (folder / RELEASE).unlink(missing_ok=True)
@@ -244,6 +247,7 @@ def parse_release(raw: bytes, source: str) -> Release:
             head=HeadSpec.from_json(whole["head"]),
             index=whole["index"],
             inputs=whole["inputs"],
+            watermark=whole.get("watermark", 0),
             report=whole["report"],
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -88,9 +88,12 @@ def read_entry(entry: Entry, bundle: Bundle) -> Read:
 
 
 def _read_rows(entry: Entry, change: Upserted, bundle: Bundle) -> Read:
-    table = pa.ipc.open_stream(change.rows).read_all()
-    name = table.schema.metadata[ID_COLUMN].decode()
     place = Path(f"changes at {entry.position}")
+    try:
+        table = pa.ipc.open_stream(change.rows).read_all()
+        name = (table.schema.metadata or {})[ID_COLUMN].decode()
+    except (pa.ArrowException, KeyError) as error:
+        return _all_dead(entry, bundle, [None], f"{place}: no rows with ids ({error!r}): use `ranktower update`")
     try:
         ids = read_ids(Source(place, table), name)
         check_ids(place, ids, name, bundle.spec)
@@ -308,7 +311,7 @@ class Updater:
                     look_at = monotonic() + LOOK_S
                 handled = self.step()
                 self._said.pop("", None)
-            except RankTowerError as error:
+            except Exception as error:  # whatever the store's client raises, this process lives on
                 self._say("", f"trying again every {STORE_PAUSE_S:g} s: {error}")
                 stopping.wait(STORE_PAUSE_S)
                 continue
@@ -351,7 +354,7 @@ class Updater:
         if features:
             records = run_parallel(line.tower, self._pool, self._workers, np.concatenate(features))
         self.dead += line.add(read, records, self._dead)
-        return sum(len(each.ids) + len(each.dead) for each in read)
+        return max(1, sum(len(each.ids) + len(each.dead) for each in read))
 
     def _say(self, about: str, problem: str) -> None:
         if self._said.get(about) != problem:

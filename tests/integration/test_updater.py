@@ -359,6 +359,23 @@ def test_entries_that_a_bundle_cannot_read_are_dead_whole_and_the_rest_goes_on(
     assert found.watermark == store.log(CHANGES).last()
 
 
+@pytest.mark.parametrize("rows", [b"no Arrow", b"", "no name of ids"])
+def test_an_entry_without_rows_is_dead(plain: Shop, store: FileStore, tmp_path: Path, rows: bytes | str) -> None:
+    publish(store, plain.bundle, plain.items)
+    if isinstance(rows, str):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, pa.schema([("item_id", pa.int64())])) as writer:
+            writer.write_table(pa.table({"item_id": [1]}))
+        rows = sink.getvalue().to_pybytes()
+    store.log(CHANGES).append([encode_change(Upserted(rows))])
+    append_deletes(store, np.array([5]))
+    with Updater(store, tmp_path / "cache") as updater:
+        assert updater.catch_up() == 2
+    assert [item for item, _ in dead(store)] == [None]
+    assert "no rows with ids" in dead(store)[0][1]
+    assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [5]
+
+
 def test_deletions_of_another_type_of_ids_are_dead(plain: Shop, store: FileStore, tmp_path: Path) -> None:
     publish(store, plain.bundle, plain.items)
     store.log(CHANGES).append([encode_change(Deleted(Texts.of(["x", "y"])))])

@@ -61,7 +61,9 @@ users = typer.Typer(help="Publish, show and delete the user table of a bundle, b
 app.add_typer(users, name="users")
 console = Console(highlight=False, soft_wrap=True)
 
-StoreUrl = Annotated[str, typer.Option("--store", help="file://./folder or redis://host:port/db?prefix=name")]
+StoreUrl = Annotated[
+    str, typer.Option("--store", help="file://./folder, redis://host:port/db?prefix=name, or another of docs/stores.md")
+]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Bundle folder, as `ranktower export` writes it.")]
 WorkFolder = Annotated[Path, typer.Option("--work", help="Folder to build in.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of the item ids, if not that of the log.")]

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 from redis.lock import Lock
 
 from cache.durable import locked, rename_durably, sync_tree
@@ -41,7 +41,7 @@ class Manifest(NamedTuple):
 
 
 class Chunks:
-    """The chunks below `prefix` in one Redis. `client` is a redis.Redis (whose annotations also mean the async one)."""
+    """The chunks below `prefix`. `client` is what `redis_client.connect` returns."""
 
     def __init__(self, client: Any, prefix: str, url: str, lease_s: float) -> None:
         self._client, self._prefix, self._url, self._lease_s = client, prefix, url, lease_s
@@ -139,7 +139,7 @@ class Chunks:
         """Give a lease back. One that ran out meanwhile is no error here: the commit has looked at it."""
         try:
             lease.release()
-        except RedisError as error:
+        except (RedisError, RedisClusterException) as error:
             log.warning("%s: a lease was not given back (%s): it runs out by itself", self._url, error)
 
     def pipelined(self, command: str, keys: Iterable[str]) -> list[Any]:

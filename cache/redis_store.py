@@ -9,39 +9,35 @@
     prefix:changes, prefix:dead,         change logs (cache/redis_log.py)
     prefix:records:<bundle id>
 
-The braces are part of the names: they keep what a script changes together in one hash slot, while the chunks spread.
-Only scripts change `current` and the manifests of releases.
+The braces are part of the names: they keep what a script changes together in one hash slot, while the chunks spread
+over all masters of a cluster, one command a key. Only scripts change `current` and the manifests of releases.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from redis import Redis
-from redis import exceptions as failures
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import RedisError
-from redis.retry import Retry
+from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
 
 from cache.changes import ChangeLog
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.redis_chunks import Chunks, Manifest
+from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
     BUNDLE,
     RELEASE,
     USER_TABLE,
     USERS,
+    Artifact,
     Progress,
     Release,
     UserTable,
@@ -54,33 +50,10 @@ from cache.release import (
     sha256,
 )
 from cache.store import HISTORY, Names, ReleaseInfo, ReleaseInfos
-from model.datasets.schema import nearest
 
-PREFIX = "ranktower"
-OPTIONS = (  # of a URL; all but the first are those of redis-py
-    "prefix",
-    "db",
-    "client_name",
-    "max_connections",
-    "socket_timeout",
-    "socket_connect_timeout",
-    "socket_keepalive",
-    "health_check_interval",
-)
-TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
 LEASE_S = 30.0  # a publisher that has written nothing for so long is dead
+PATIENCE_S = 60.0  # how long a publisher waits for a server that is restarted or replaced
 POLL_S = 1.0  # how often a waiting reader looks, should a notice be lost
-REMEDIES: tuple[tuple[type[RedisError], str], ...] = (  # the first that fits
-    (failures.AuthenticationError, "check user and password in the URL"),
-    (failures.NoPermissionError, "give this user the commands and keys of the prefix"),
-    (failures.OutOfMemoryError, "free memory with `ranktower releases prune --keep 1` or raise maxmemory"),
-    (failures.ReadOnlyError, "this is a replica: publish to the primary"),
-    (failures.BusyLoadingError, "it is loading its data: try again soon"),
-    (failures.LockError, "another publisher took over: publish again"),
-    (failures.TimeoutError, "it does not answer in time: check its load and the network"),
-    (failures.ConnectionError, "check that redis-server runs there and that the URL is right"),
-    (RedisError, "check the server's log"),
-)
 
 ACTIVATE = """
 if redis.call('HEXISTS', KEYS[3], ARGV[1]) == 0 then return 0 end
@@ -122,31 +95,40 @@ log = logging.getLogger(__name__)
 
 
 class RedisStore:
-    """The store behind redis://[user:password@]host[:port][/db][?prefix=name]."""
+    """The store behind the URLs of cache/redis_client.py: one server, a cluster, or the master that Sentinel names."""
 
     def __init__(self, url: str, *, lease_s: float = LEASE_S) -> None:
-        bare, prefix = _split_prefix(url)
-        self.url = _without_password(url)
-        self._client: Any = _client(bare, self.url)
-        self._chunks = Chunks(self._client, prefix, self.url, lease_s)
+        self._address = read_url(url)
+        self.url, prefix = self._address.url, self._address.prefix
+        self._lease_s = lease_s
         self._control = [f"{{{prefix}}}:{name}" for name in ("current", "previous", "releases", "notices")]
         self._current, _, self._releases, self._notices = self._control
-        self._users, self._check = f"{{{prefix}}}:users", f"{{{prefix}}}:publishing:check"
+        self._users = f"{{{prefix}}}:users"
         self._verified: set[Path] = set()
         self._notices_of: Any = None  # redis.client.PubSub, once somebody has waited
         self._may_subscribe = True
+
+    @cached_property
+    def _client(self) -> Any:
+        """Made with the first question: a cluster is asked for its slots then. A failure is not kept."""
+        return connect(self._address)
+
+    @cached_property
+    def _chunks(self) -> Chunks:
+        return Chunks(self._client, self._address.prefix, self.url, self._lease_s)
 
     # --- releases
 
     def check_writable(self) -> None:
         with self._errors():
-            self._client.set(self._check, b"", px=1000)
+            for prefix in (self._address.prefix, f"{{{self._address.prefix}}}"):  # of the chunks, of the rest
+                self._client.set(f"{prefix}:check", b"", px=1000)
 
     def publish(self, folder: Path, progress: Progress = no_progress) -> str:
         release = read_release(folder)
         with self._errors():
             manifest = Manifest(self._releases, release.id, (folder / RELEASE).read_bytes())
-            self._chunks.upload(f"release:{release.id}", folder, release, manifest, progress)
+            self._upload(f"release:{release.id}", folder, release, manifest, progress)
         return release.id
 
     def activate(self, release_id: str) -> None:
@@ -212,7 +194,7 @@ class RedisStore:
             table = seal_users(folder)
             old = self._user_table(table.spec_id)
             manifest = Manifest(self._users, table.spec_id, (folder / USERS).read_bytes())
-            self._chunks.upload(f"users:{table.id}", folder, table, manifest, progress)
+            self._upload(f"users:{table.id}", folder, table, manifest, progress)
             self._forget(old)
         return table.id
 
@@ -247,11 +229,30 @@ class RedisStore:
 
     def close(self) -> None:
         self._unsubscribe()
-        self._client.close()
+        if "_client" in self.__dict__:
+            self._client.close()
 
     def _cache(self, cache_dir: Path) -> Path:
         """The part of a cache that is this store's alone, whatever password it is read with."""
         return cache_dir / sha256(self.url.encode())[:16]
+
+    def _upload(self, base: str, folder: Path, artifact: Artifact, manifest: Manifest, progress: Progress) -> None:
+        """Upload, and after a failure that passes go on with what is missing then: a failover may have lost some."""
+        last = time.monotonic()
+
+        def note(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            last = time.monotonic()
+            progress(stage, done, total)
+
+        while True:
+            try:
+                return self._chunks.upload(base, folder, artifact, manifest, note)
+            except (RedisError, RedisClusterException) as error:
+                if not is_passing(error) or time.monotonic() > last + PATIENCE_S:
+                    raise
+                log.warning("%s; trying again for %g s", store_error(self._address, error), PATIENCE_S)
+                time.sleep(POLL_S)
 
     # --- manifests
 
@@ -335,7 +336,7 @@ class RedisStore:
         notices = self._notices_of
         try:
             yield time.sleep if notices is None else lambda seconds: notices.get_message(timeout=seconds)
-        except RedisError:
+        except (RedisError, RedisClusterException, StoreError):  # the next subscription goes to who is in charge then
             self._unsubscribe()
             raise
 
@@ -345,7 +346,7 @@ class RedisStore:
             notices.subscribe(self._notices)
             notices.get_message(timeout=CONNECT_TIMEOUT_S)  # in force before anyone looks
             self._notices_of = notices
-        except failures.NoPermissionError:
+        except NoPermissionError:
             log.warning("%s: may not subscribe to %s: looking every %g s instead", self.url, self._notices, POLL_S)
             self._may_subscribe = False
             notices.close()
@@ -363,9 +364,8 @@ class RedisStore:
         """Turn errors of Redis and of the disk into ones that say where and what to do."""
         try:
             yield
-        except RedisError as error:
-            remedy = next(text for kind, text in REMEDIES if isinstance(error, kind))
-            raise StoreError(f"{self.url}: {error}: {remedy}") from error
+        except (RedisError, RedisClusterException) as error:
+            raise store_error(self._address, error) from error
         except OSError as error:
             raise StoreError(disk_error(error)) from error
 
@@ -377,44 +377,6 @@ class RedisStore:
                 ReleaseInfo.read(name.decode(), partial(parse_release, raw, f"{name!r} in {self.url}"), current)
                 for name, raw in stored
             ]
-
-
-# --- URLs ------------------------------------------------------------------------------------------------------------
-
-
-def _split_prefix(url: str) -> tuple[str, str]:
-    """The URL without `prefix`, and the prefix."""
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    for name in options:
-        if name not in OPTIONS:
-            raise StoreError(f"{_without_password(url)}: unknown option {name!r}: {nearest(name, OPTIONS)}")
-    prefix = options.pop("prefix", PREFIX)
-    if not re.fullmatch(r"[\w.:-]+", prefix):
-        raise StoreError(f"prefix {prefix!r} of {_without_password(url)}: use letters, digits, '.', ':', '-' and '_'")
-    if not parts.hostname or not re.fullmatch(r"/?\d*", parts.path):
-        raise StoreError(f"{_without_password(url)} names no host or database: write redis://host:6379/0")
-    return urlunsplit(parts._replace(query=urlencode(options))), prefix
-
-
-def _client(url: str, shown: str) -> Redis:
-    try:
-        return Redis.from_url(
-            url,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            health_check_interval=30,
-            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 3),
-        )
-    except (ValueError, TypeError) as error:
-        raise StoreError(f"{shown}: {error}: write redis://user:password@host:6379/0?prefix=name") from error
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    user, at, place = parts.netloc.rpartition("@")
-    shown = user.split(":")[0] + ":***" if ":" in user else user
-    return urlunsplit(parts._replace(netloc=shown + at + place))
 
 
 def _text(value: Any) -> str | None:

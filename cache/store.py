@@ -166,4 +166,5 @@ def _redis_store(url: str) -> ReleaseStore:
     return RedisStore(url)
 
 
-STORES: dict[str, Callable[[str], ReleaseStore]] = {"file": _file_store, "redis": _redis_store}
+REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
+STORES: dict[str, Callable[[str], ReleaseStore]] = {"file": _file_store, **dict.fromkeys(REDIS, _redis_store)}

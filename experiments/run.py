@@ -1,8 +1,9 @@
 """Make one of the paper's tables: search on validation, train the chosen recipe with several seeds, test each once.
 
 What was done before is skipped, by its path (experiments/study.py); a process that was killed goes on from its last
-epoch. Searches and trainings get a log without test events. With --jobs several processes, of one command or of many,
-share the work: each does what no other does, one training after the other.
+epoch. Of a row that fails the reason is kept and the other rows are done. Searches and trainings get a log without test
+events. With --jobs several processes, of one command or of many, share the work: each does what no other does, one
+training after the other.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,8 @@ from model.scoring import score_network
 from model.train import Recipe, train
 
 OUT = Path("var/tables")
+TESTS = "tests.jsonl"  # beside the logs: a line for each time that test lists were scored, by whatever code
+FAILED = "failed"  # ends the name of a file beside a folder that could not be filled
 PAUSE_S = 0.5  # between looks at what other processes do
 console = Console(highlight=False)
 
@@ -53,22 +57,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget = tables.read_budget(options.budget)
         table = only(tables.read_table(options.table), options.rows)
         asked = data_sets(table, budget, options.data)
-        torch.set_num_threads(threads(options.jobs))
         studies = [open_study(options, data, budget) for data in asked]
         runners = [Runner(study, table, budget, options) for study in studies if study is not None]
         for runner in runners:
             runner.begin()
+            if not options.worker:
+                runner.forget_failures()
+        if len(runners) > 1 and not options.worker:
+            console.print(in_all(runners, options.jobs))
         if options.worker:
             end_with_parent()
         elif options.jobs > 1 and any(runner.tasks() for runner in runners):
             share(arguments, options.jobs)
-        work(runners)  # after workers: what they left, if they failed
-        for runner in runners:
-            runner.end()
+        with on_threads(threads(options.jobs)) if options.jobs > 1 else nullcontext():
+            work(runners)  # after workers: what they left, if they were killed
+        failed = [] if options.worker else [name for runner in runners for name in runner.end()]
     except RankTowerError as error:
         console.print(f"error: {error}", soft_wrap=True)
         return 2
-    return 0
+    if failed:
+        console.print(f"failed: {'; '.join(failed)}; the same command tries them again", soft_wrap=True)
+    return 1 if failed else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,26 +149,49 @@ def made_settings(root: Path, made: Mapping[str, Any]) -> Path:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
+class FailedError(Exception):
+    """A folder could not be filled."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A folder of results that can be filled now."""
 
+    row: str
     folder: Path
     fill: Callable[[Path], None]
     keep: bool = False  # go on with what a killed process left
     then: Callable[[], None] = lambda: None  # once the folder is there
 
+    @property
+    def failure(self) -> Path:
+        """Where it says why the folder could not be filled, until the next command."""
+        return self.folder.with_name(f".{self.folder.name}.{FAILED}")
+
     def done(self) -> bool:
-        """Fill the folder unless it is there; False where another process is at it."""
+        """Fill the folder unless it is there or that failed; False where another process is at it."""
         try:
             with filled(self.folder, keep=self.keep, wait=False) as part:
                 if part is None:
                     return True
-                self.fill(part)
+                self.tried(part)
         except BusyError:
             return False
+        except FailedError as error:
+            console.print(f"{error}", soft_wrap=True, markup=False)
+            return True
         self.then()
         return True
+
+    def tried(self, part: Path) -> None:
+        """Fill the part. Whatever goes wrong is of this row alone: it is written down, under the folder's lock."""
+        if self.failure.is_file():
+            raise FailedError(f"{self.row}: failed in another process")
+        try:
+            self.fill(part)
+        except Exception as error:
+            self.failure.write_text(traceback.format_exc(), encoding="utf-8")
+            raise FailedError(f"{self.row}: failed, {type(error).__name__}: {error} ({self.failure})") from error
 
 
 def work(runners: Sequence[Runner]) -> None:
@@ -172,6 +204,17 @@ def work(runners: Sequence[Runner]) -> None:
 def threads(jobs: int) -> int:
     """Of each process."""
     return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Let torch use so many, as workers do: sums come out alike only with as many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def share(arguments: Sequence[str], jobs: int) -> None:
@@ -220,17 +263,35 @@ class Runner:
         if self.alone:
             self.say(f"{self.table.title}: {self.left()}")
 
-    def end(self) -> None:
-        """Name rows without a result."""
+    def forget_failures(self) -> None:
+        """What failed in an earlier command may have been mended since."""
+        for path in self.study.folder.rglob(f".*.{FAILED}"):
+            path.unlink(missing_ok=True)
+
+    def end(self) -> list[str]:
+        """Name rows without a result; returns those that failed, other than by divergence."""
         for row in self.table.rows:
-            if self.alone and row.baseline is None and chosen(self.study.search(row, self.budget)[0]).score == DIVERGED:
+            trials, wanted = self.study.search(row, self.budget) if row.baseline is None else ([], [])
+            if trials and not wanted and chosen(trials).score == DIVERGED:
                 self.say(f"{row.name}: every trial diverged")
+        return list(dict.fromkeys(f"{self.study.data} {task.row}" for task in self.left_tasks()))
 
     def say(self, what: str) -> None:
         console.print(f"[bold]{self.study.data}[/] {what}", soft_wrap=True)
 
     def left(self) -> str:
-        """Trainings left of all, and about how long they take. The trial that is chosen is also the first seed."""
+        """Trainings left of all, and about how long they take."""
+        done, missing = self.counted()
+        about = f", {about_time(self.seconds_left() / self.jobs)}" if missing else ""
+        return f"{len(missing)} of {done + len(missing)} trainings left{about}"
+
+    def seconds_left(self, otherwise: float = float("nan")) -> float:
+        """Of one process; a network that was not trained on this data yet takes as long as any other here did."""
+        known = mean_seconds(self.study)
+        return float(sum(known.get(network, known.get("", otherwise)) for network in self.counted()[1]))
+
+    def counted(self) -> tuple[int, list[str]]:
+        """Trainings that are done, and the networks of those left. A trial that is chosen is also the first seed."""
         done, missing = 0, list[str]()
         for row in self.table.rows:
             if row.baseline is not None:
@@ -243,10 +304,7 @@ class Runner:
                 known += sum(score is not None for score in scores)
             done += known
             missing += [self.recipe(row, trials).network] * (total - known)
-        seconds = mean_seconds(self.study)
-        each = [seconds.get(network, seconds.get("", np.nan)) for network in missing]
-        about = "time unknown before the first" if np.isnan(each).any() else f"about {duration(sum(each) / self.jobs)}"
-        return f"{len(missing)} of {done + len(missing)} trainings left" + (f", {about}" if missing else "")
+        return done, missing
 
     @property
     def seeds(self) -> range:
@@ -259,14 +317,19 @@ class Runner:
     # what can be done now
 
     def tasks(self) -> list[Task]:
-        """All that is left and waits for nothing else, in the order of the rows."""
+        """All that can be done, in the order of the rows."""
+        return [task for task in self.left_tasks() if not task.failure.is_file()]
+
+    def left_tasks(self) -> list[Task]:
+        """All that is left and waits for nothing else, with what failed."""
         tasks = [task for row in self.table.rows for task in self.row_tasks(row)]
         return [task for task in tasks if not task.folder.is_dir()]
 
     def row_tasks(self, row: Row) -> list[Task]:
         """The trials that a search asks for, or the seeds of what it chose, each with its test."""
         if row.baseline is not None:
-            return [Task(folder=self.study.baseline(row.baseline), fill=partial(self.test_baseline, row.baseline))]
+            fill = partial(self.test_baseline, row.baseline)
+            return [Task(row=row.name, folder=self.study.baseline(row.baseline), fill=fill)]
         trials, wanted = self.study.search(row, self.budget)
         trial = partial(recipe_of, row, self.budget, self.study.data, seed=0)
         if wanted:
@@ -280,18 +343,21 @@ class Runner:
             if score is None:
                 tasks.append(self.training(row, recipe, f"seed {seed}"))
             elif score != DIVERGED:
-                tasks.append(Task(folder=self.study.test(recipe, row.view), fill=partial(self.test, row, recipe)))
+                folder, fill = self.study.test(recipe, row.view), partial(self.test, row, recipe)
+                tasks.append(Task(row=row.name, folder=folder, fill=fill))
                 if self.table.cost and seed == 0 and self.alone:  # times are taken when no worker runs
-                    tasks.append(Task(folder=self.study.cost(recipe, row.view), fill=partial(self.cost, row, recipe)))
+                    folder, fill = self.study.cost(recipe, row.view), partial(self.cost, row, recipe)
+                    tasks.append(Task(row=row.name, folder=folder, fill=fill))
         return tasks
 
     def training(self, row: Row, recipe: Recipe, what: str) -> Task:
         """Of a recipe, or of its teacher if that comes first."""
         teacher = self.study.teacher_folder(row.view)
         if recipe.teacher and not teacher.is_dir():
-            return Task(folder=teacher, fill=partial(self.fit_teacher, row))
+            return Task(row=row.name, folder=teacher, fill=partial(self.fit_teacher, row))
         what = f"{row.name}, {what}"
         return Task(
+            row=row.name,
             folder=self.study.run(recipe, row.view),
             fill=partial(self.train, row, recipe, what),
             keep=True,
@@ -360,12 +426,26 @@ class Runner:
         write_json(part / RESULT, {"baseline": name})
 
     def note(self, name: str) -> None:
-        """Put on record that test lists are about to be scored."""
-        with (self.study.folder / "tests.jsonl").open("a") as stream:
-            stream.write(json.dumps({"time": round(time.time()), "table": self.table.name, "scored": name}) + "\n")
+        """Put on record, for all data and code together, that test lists are about to be scored."""
+        line = {
+            "time": round(time.time()),
+            "table": self.table.name,
+            "budget": self.budget.name,
+            "data": self.study.data,
+            "code": code_of(self.study),
+            "lists": {name: about["digest"][:16] for name, about in self.study.about()["sets"].items()},
+            "scored": name,
+        }
+        with (self.study.root / TESTS).open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
 
     def cost(self, row: Row, recipe: Recipe, part: Path) -> None:
         write_json(part / RESULT, measure_cost(self.study.run(recipe, row.view), self.study.log))
+
+
+def code_of(study: Study) -> str:
+    """The version of the code that a study's results are of."""
+    return study.folder.name.rpartition("-")[2]
 
 
 def mean_seconds(study: Study) -> dict[str, float]:
@@ -376,6 +456,20 @@ def mean_seconds(study: Study) -> dict[str, float]:
         for network in (result["recipe"]["network"], ""):
             found.setdefault(network, []).append(result["seconds"])
     return {network: float(np.mean(seconds)) for network, seconds in found.items()}
+
+
+def in_all(runners: Sequence[Runner], jobs: int) -> str:
+    """About how long all data sets take together; one without trainings yet takes what the others take a training."""
+    means = [known[""] for runner in runners if (known := mean_seconds(runner.study))]
+    otherwise = float(np.mean(means)) if means else float("nan")
+    trainings = sum(len(runner.counted()[1]) for runner in runners)
+    seconds = sum(runner.seconds_left(otherwise) for runner in runners)
+    return f"in all {trainings} trainings left" + (f", {about_time(seconds / jobs)}" if trainings else "")
+
+
+def about_time(seconds: float) -> str:
+    """For people; NaN is not known."""
+    return "time unknown before the first" if seconds != seconds else f"about {duration(seconds)}"
 
 
 def duration(seconds: float) -> str:

@@ -1,12 +1,12 @@
 """One data set under study: its log, its frozen test lists, and where each result of it lies.
 
+<root>/tests.jsonl                                a line for each time that test lists were scored, by whatever code
 <root>/logs/<data>/                               the log in the documented form
 <root>/<data>-<content of the log>-<code>/        all results of one log by one version of the code that makes them
     lists/<set>.npz, result.json                  the test lists, made before anything is trained, and what they are
     teacher/                                      soft labels, fitted once for all runs of a view (views.py)
     runs/<recipe>/                                a finished training: weights, epochs, result.json
     tests/<recipe>/                               scores of the test lists, and result.json
-    tests.jsonl                                   a line for each time that test lists were scored
     costs/<recipe>/result.json                    what serving costs
 
 Whatever is there is whole: folders are filled as `.<name>.part`, one process a folder, and renamed. What a search chose

@@ -49,7 +49,7 @@ class Load:
 
 @app.command()
 def main(  # the command line of `make load`
-    store: Annotated[str, typer.Option(help="store to serve from: file://, redis://")] = "file://./var/releases",
+    store: Annotated[str, typer.Option(help="store to serve from (docs/stores.md)")] = "file://./var/releases",
     url: Annotated[str, typer.Option(help="test the service that runs here instead of starting one")] = "",
     seconds: Annotated[float, typer.Option(min=1, max=MAX_SECONDS, help="how long to send")] = 15,
     users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="callers of the closed loop")] = 4,

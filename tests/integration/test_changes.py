@@ -1,4 +1,4 @@
-"""What every change log must do, in a folder and on a real Redis, with real processes; then what entries sum to."""
+"""What every change log must do: in a folder, on a real Redis and a real cluster, with real processes; then their sum."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from cache.file_log import FileLog
 from cache.redis_store import RedisStore
 from cache.store import open_store
 from kernel.ids import Ids, Texts
-from tests.redis_server import redis_server
+from tests.redis_server import cluster_url, redis_server, running_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 SEGMENT_BYTES = 300  # a few entries
@@ -46,13 +46,19 @@ def redis_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["file", "redis"])
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    with running_cluster() as servers:
+        yield cluster_url(servers[:1])
+
+
+@pytest.fixture(params=["file", "redis_url", "cluster"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A store that is empty at first."""
     if request.param == "file":
         return f"file://{tmp_path}/store"
     name = re.sub(r"\W", "-", request.node.name) + str(time.monotonic_ns())
-    return f"{request.getfixturevalue('redis_url')}?prefix={name}"
+    return f"{request.getfixturevalue(request.param)}?prefix={name}"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What every release store must do, on a folder and on a real Redis; then what only one of them can."""
+"""What every release store must do, on a folder and on real Redis of every kind; then what only one of them can."""
 
 from __future__ import annotations
 
@@ -14,20 +14,35 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from redis import Redis
 
 from cache.errors import StoreError, UnknownRelease
 from cache.file_store import FileStore
+from cache.redis_client import connect, read_url
 from cache.redis_store import RedisStore
 from cache.release import CHUNK_BYTES, ITEMS, RELEASE, Release, created_at, read_release, verify_release
 from cache.snapshot import Snapshot
-from cache.store import STORES, ReleaseStore, open_store
-from tests.redis_server import redis_server, running_redis
+from cache.store import ReleaseStore, open_store
+from tests.redis_server import (
+    Certificates,
+    RedisServer,
+    cluster_url,
+    eventually,
+    has_tls,
+    redis_server,
+    running_cluster,
+    running_redis,
+    running_sentinel,
+    write_certificates,
+)
 from tests.releases import SPEC_ID, write_release, write_users
 
 ROOT = Path(__file__).resolve().parents[2]
+PASSWORD = "pa%2Fss%40w%3Ard"  # as it is written in a URL
 LEASE_S = 0.2  # of the publishers that are killed here
 
 
@@ -37,12 +52,59 @@ def redis_url() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[list[RedisServer]]:
+    with running_cluster() as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def cluster_store(cluster: list[RedisServer]) -> str:
+    return cluster_url(cluster[:1])
+
+
+@pytest.fixture(scope="session")
+def sentinel_store() -> Iterator[str]:
+    with running_sentinel() as watched:
+        yield watched.url
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    if not has_tls():
+        pytest.skip("this redis-server has no TLS: install Debian's package redis-server, for example")
+    return write_certificates(tmp_path_factory.mktemp("tls") / "ours")
+
+
+@pytest.fixture(scope="session")
+def tls_server(certificates: Certificates) -> Iterator[RedisServer]:
+    with running_redis(*certificates.options()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tls_store(tls_server: RedisServer, certificates: Certificates) -> str:
+    """As a user who may do what docs/stores.md lists, with a certificate of his own."""
+    with tls_server.client() as admin:
+        allow(admin, "publisher", "test*")
+    return f"rediss://publisher:{PASSWORD}@{tls_server.address}?{certificates.query}"
+
+
+def allow(admin: Any, user: str, prefix: str) -> None:
+    """Make a user as docs/stores.md says, for the keys of a prefix."""
+    found = re.search(rf"ACL SETUSER {user} (.*)", (ROOT / "docs" / "stores.md").read_text())
+    assert found is not None
+    rules = found[1].replace("ranktower", prefix).replace(">password", f">{unquote(PASSWORD)}")
+    admin.execute_command("ACL SETUSER", user, *rules.split())
+
+
 @dataclass
 class Place:
     """A store that is empty at first, seen by several clients."""
 
     url: str
     local: Path
+    admin: str = ""  # URL of a user who may do all, where that of the store may not
 
     def open(self) -> ReleaseStore:
         """A client of its own, as another process would have."""
@@ -57,8 +119,9 @@ class Place:
         cache = self.local / f"cache-{time.monotonic_ns()}"
         return self.open().fetch(release_id, cache)
 
-    def redis(self) -> Redis:
-        return Redis.from_url(self.url.split("?")[0])
+    def redis(self) -> Any:
+        """A client that may do all, of the kind that the store has."""
+        return connect(read_url(self.admin or self.url))
 
     def damage(self, release_id: str, change: Callable[[bytes], bytes]) -> None:
         """Change the first chunk of the stored item table."""
@@ -68,8 +131,8 @@ class Place:
             path.write_bytes(change(content[:CHUNK_BYTES]) + content[CHUNK_BYTES:])
         else:
             with self.redis() as client:
-                (key,) = client.keys(f"{self.prefix}:release:{release_id}:{ITEMS}:0")
-                client.set(key, change(client.get(key) or b""))
+                key = f"{self.prefix}:release:{release_id}:{ITEMS}:0"
+                client.set(key, change(client.get(key)))
 
     def leftovers(self) -> int:
         """Folders, or keys, of releases that are not listed."""
@@ -78,17 +141,19 @@ class Place:
             temporary = Path(self.url.removeprefix("file://")) / "tmp"
             return len(list(temporary.iterdir())) if temporary.is_dir() else 0
         with self.redis() as client:
-            names = {key.decode().split(":")[2] for key in client.keys(f"{self.prefix}:release:*")}
+            names = {key.decode().split(":")[2] for key in client.scan_iter(f"{self.prefix}:release:*")}
         return len(names - listed)
 
 
-@pytest.fixture(params=["file", "redis"])
+@pytest.fixture(params=["file", "redis_url", "cluster_store", "sentinel_store", "tls_store"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     if request.param == "file":
         yield Place(f"file://{tmp_path}/store", tmp_path)
         return
     name = re.sub(r"\W", "-", request.node.name)
-    place = Place(f"{request.getfixturevalue('redis_url')}?prefix={name}", tmp_path)
+    url = request.getfixturevalue(request.param)
+    admin = url.replace(f"publisher:{PASSWORD}@", "")
+    place = Place(f"{url}{'&' if '?' in url else '?'}prefix={name}", tmp_path, admin)
     yield place
     with place.redis() as client:
         client.flushdb()
@@ -347,16 +412,6 @@ def kill_publisher(place: Place, folder: Path, stage: str) -> None:
         publisher.send_signal(signal.SIGKILL)
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
-    """Whether a condition comes true in time; a lease runs out by the clock, and nothing announces it."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 @pytest.mark.parametrize("stage", ["publish", "verify"])
 def test_a_killed_publisher_leaves_the_old_release_and_remains_that_prune_finds(
     place: Place, folders: list[Path], stage: str
@@ -431,28 +486,15 @@ def test_an_item_table_is_not_published_as_users(place: Place, folders: list[Pat
 
 
 def test_an_unknown_scheme_names_the_known_ones() -> None:
-    with pytest.raises(StoreError, match=r"ftp.*file://, redis://"):
+    with pytest.raises(StoreError, match=r"ftp.*file://, redis://.*rediss\+sentinel://"):
         open_store("ftp://host/folder")
     with pytest.raises(StoreError, match="no store answers"):
         open_store("var/releases")
-    assert set(STORES) == {"file", "redis"}
 
 
-@pytest.mark.parametrize(
-    "url", ["redis://", "redis://host:port/0", "redis://host/0?prefix=a b", "redis://host/zero", "file://"]
-)
-def test_a_wrong_url_says_how_to_write_it(url: str) -> None:
-    with pytest.raises(StoreError, match=r"write |use letters"):
-        open_store(url)
-
-
-def test_an_unknown_option_of_a_url_names_the_nearest() -> None:
-    with pytest.raises(StoreError, match=r"unknown option 'prefx': did you mean 'prefix'") as caught:
-        open_store("redis://ranker:secret@host/0?prefx=a")
-    assert "secret" not in str(caught.value)
-    with pytest.raises(StoreError, match="use letters"):
-        open_store("redis://host/0?prefix=")
-    assert "socket_timeout=2" in open_store("redis://host/0?prefix=a&socket_timeout=2").url
+def test_a_file_url_without_a_folder_says_how_to_write_it() -> None:
+    with pytest.raises(StoreError, match="write "):
+        open_store("file://")
 
 
 def test_a_file_url_is_relative_or_absolute(
@@ -660,8 +702,34 @@ def test_replicas_of_one_machine_share_a_download(redis_url: str, folders: list[
     assert not fetched.acquire(blocking=False), "downloaded more than once"
 
 
-def test_redis_holds_little_more_than_the_bytes_of_a_release(folders: list[Path], tmp_path: Path) -> None:
-    with running_redis() as server, Redis.from_url(server.url) as client:
-        published(Place(f"{server.url}?prefix=size", tmp_path), folders[:1])
-        used = sum(client.memory_usage(key, samples=0) or 0 for key in client.scan_iter())  # not buffers of connections
-    assert used < 1.05 * read_release(folders[0]).size_bytes
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of 20 MB: eleven chunks, three pipelines."""
+    folder = tmp_path_factory.mktemp("large") / "release"
+    write_release(folder, items=40_000)
+    return folder
+
+
+def test_a_publisher_that_was_killed_sends_only_what_is_missing_when_started_again(large: Path, tmp_path: Path) -> None:
+    with running_redis() as server, server.client() as client:
+        place = Place(f"{server.url}?prefix=resumed", tmp_path)
+        kill_publisher(place, large, "publish")
+        lies_there = sum(client.strlen(key) for key in client.scan_iter("resumed:release:*"))
+        missing = read_release(large).size_bytes - lies_there
+        before = client.info("stats")["total_net_input_bytes"]
+        name = place.open().publish(large)
+        sent = client.info("stats")["total_net_input_bytes"] - before
+        assert verify_release(place.fetch(name)).id == name
+    assert lies_there > 6 * 1000 * 1000  # the first pipeline: the bundle's file and three chunks
+    assert missing <= sent < 1.01 * missing  # keys, the lease, the manifest
+
+
+def test_redis_holds_little_more_than_the_bytes_of_a_release(large: Path) -> None:
+    with running_redis() as server, server.client() as client:
+        before = client.info("memory")["used_memory"]
+        store = RedisStore(f"{server.url}?prefix=size")
+        store.activate(store.publish(large))
+        store.close()
+        limit = 1.05 * read_release(large).size_bytes
+        assert sum(client.memory_usage(key, samples=0) or 0 for key in client.scan_iter()) < limit
+        assert eventually(lambda: client.info("memory")["used_memory"] - before < limit)  # once buffers have gone

@@ -22,7 +22,7 @@ from experiments import report, run, tables
 from experiments.study import RESULT, BusyError, Study, filled, load_scores
 from experiments.tables import recipe_of
 from model.datasets.log import TEST, Log
-from model.errors import DivergedError
+from model.errors import DivergedError, TrainError
 from tests.logs import write_tiny_log
 
 ROWS = ("full", "without both")
@@ -70,9 +70,12 @@ def test_a_row_leaves_its_trials_its_choice_and_one_test(made: Study) -> None:
         assert not wanted
         best = max(trials, key=lambda trial: trial.score)
         assert (made.test(recipe_of(row, budget, made.data, best.changes, 0)) / RESULT).is_file()
-    assert {json.loads(line)["scored"] for line in (made.folder / "tests.jsonl").read_text().splitlines()} == {
-        path.name for path in made.folder.glob("tests/[!.]*")
-    }
+    tests = [json.loads(line) for line in (made.root / "tests.jsonl").read_text().splitlines()]
+    assert {test["scored"] for test in tests} == {path.name for path in made.folder.glob("tests/[!.]*")}
+    assert {(test["table"], test["budget"], test["data"]) for test in tests} == {("sampling", "tiny", made.data)}
+    assert all(made.folder.name.endswith("-" + test["code"]) for test in tests)
+    digests = {name: about["digest"] for name, about in made.about()["sets"].items()}
+    assert all(digests[name].startswith(test["lists"][name]) for test in tests for name in digests)
     assert scores(made).keys() == {(name, kind) for name, _ in scores(made) for kind in ("full", "random")}
 
 
@@ -245,6 +248,32 @@ def test_the_time_left_is_known_after_the_first_training(
     assert "0 of 2 trainings left" in said
 
 
+def test_the_time_of_all_data_sets_is_said_first_with_what_is_known_of_others_for_those_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rows with two trials on each log; one was done, of another network, in 60 s."""
+    for name in ("a", "b"):
+        write_tiny_log(tmp_path / name, users=40, items=60, seed=ord(name))
+    options = run.parser().parse_args(["sampling", "--out", str(tmp_path / "out")])
+    table, budget = run.only(tables.read_table("sampling"), ROWS), tables.read_budget("tiny")
+    runners = [
+        run.Runner(study, table, budget, options)
+        for name in ("a", "b")
+        if (study := run.open_study(options, str(tmp_path / name), budget)) is not None
+    ]
+    assert run.in_all(runners, 1) == "in all 8 trainings left, time unknown before the first"
+    recipe = recipe_of(table.rows[0], budget, "a", runners[0].study.search(table.rows[0], budget)[1][0], 0)
+    folder = runners[0].study.run(recipe)
+    folder.mkdir(parents=True)
+    (folder / RESULT).write_text(json.dumps({"recipe": {"network": "lr"}, "valid_ndcg@10": 0.1, "seconds": 60}))
+    assert runners[0].left() == "3 of 4 trainings left, about 3 min"
+    assert runners[1].left() == "4 of 4 trainings left, time unknown before the first"
+    assert run.in_all(runners, 2) == "in all 7 trainings left, about 4 min"  # 210 s
+    both = [str(tmp_path / name) for name in ("a", "b")]
+    assert run.main(["models", "--data", *both, "--rows", "popularity", "--out", str(tmp_path / "out")]) == 0
+    assert "in all 0 trainings left\n" in capsys.readouterr().out
+
+
 def test_a_row_whose_trials_all_diverge_is_not_tested(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,7 +285,58 @@ def test_a_row_whose_trials_all_diverge_is_not_tested(
     assert "full: every trial diverged" in capsys.readouterr().out
     assert not (study.folder / "tests").exists()
     assert report.main(["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
-    assert "| **full** | n/a |" in (tmp_path / "report" / "TABLES.md").read_text()
+    assert "| **full** | n/a |" in (tmp_path / "report" / "tiny" / "TABLES.md").read_text()
+
+
+@pytest.mark.parametrize("error", [TrainError("no list has a positive"), RuntimeError("not enough memory [16 GB]")])
+def test_a_row_that_fails_is_named_and_the_others_are_done(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    real, tried = run.train, []
+
+    def failing(*given: Any, **named: Any) -> Any:
+        if given[2].sampler == "full":
+            tried.append(given[2].lr)
+            raise error
+        return real(*given, **named)
+
+    monkeypatch.setattr(run, "train", failing)
+    asked = ["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path), "--rows", *ROWS]
+    assert run.main(asked) == 1
+    said = capsys.readouterr().out
+    assert f"full: failed, {type(error).__name__}: {error} (" in said
+    assert f"failed: {log.name} full; the same command tries them again" in said
+    assert len(tried) == len(set(tried)) == 2  # each trial once
+    study = Study(tmp_path, log.name)
+    assert len(list(study.folder.glob(f"tests/[!.]*/{RESULT}"))) == 1
+    kept = list(study.folder.glob("runs/.*.failed"))
+    assert len(kept) == 2
+    assert all(str(error) in path.read_text() for path in kept)
+    monkeypatch.setattr(run, "train", real)
+    make(log, tmp_path)
+    assert len(list(study.folder.glob(f"tests/[!.]*/{RESULT}"))) == 2
+    assert not list(study.folder.glob("runs/.*.failed"))
+
+
+def test_what_fails_in_one_process_is_tried_by_no_other_and_seen_by_the_parent(
+    made: Study, log: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A training cannot go on from a state that is cut."""
+    (tmp_path / "logs").mkdir()
+    shutil.copytree(made.source, tmp_path / "logs" / log.name)
+    study, row, budget = Study(tmp_path, log.name), tables.read_table("sampling").rows[0], tables.read_budget("tiny")
+    run_folder = study.run(recipe_of(row, budget, study.data, study.search(row, budget)[1][0], 0))
+    part = run_folder.with_name(f".{run_folder.name}.part")
+    part.mkdir(parents=True)
+    (part / "state.safetensors").write_bytes(b"")
+    asked = ["sampling", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path), "--rows", *ROWS, "--jobs", "2"]
+    assert run.main(asked) == 1
+    said = capfd.readouterr().out
+    assert said.count("going on with full,") == 1
+    assert f"failed: {log.name} full;" in said
+    assert "processes failed" not in said
+    assert len(list(study.folder.glob(f"tests/[!.]*/{RESULT}"))) == 1  # the other row
+    assert run_folder.with_name(f".{run_folder.name}.failed").is_file()
 
 
 def test_a_table_of_costs_is_made_and_reported(log: Path, tmp_path: Path) -> None:
@@ -267,7 +347,7 @@ def test_a_table_of_costs_is_made_and_reported(log: Path, tmp_path: Path) -> Non
     assert by_kind["cross_attention"]["macs"] == 5 * 4 * 4 * 32
     assert by_kind["onnx"]["macs"] > 500_000
     assert all(cost["ms"] > 0 and cost["parameters"] > cost["parameters_of_tables"] > 0 for cost in costs)
-    assert (tmp_path / "report" / "plots" / "cost-tiny-frontier.svg").is_file()
+    assert (tmp_path / "report" / "tiny" / "plots" / "cost-tiny-frontier.svg").is_file()
 
 
 def test_views_share_the_test_lists_and_nothing_else(log: Path, tmp_path: Path) -> None:
@@ -279,7 +359,7 @@ def test_views_share_the_test_lists_and_nothing_else(log: Path, tmp_path: Path) 
     spec = json.loads((study.folder / "runs" / tests[0] / "spec.json").read_text())
     assert not [field for field in spec["fields"] if field["side"] == "context"]
     assert report.main(["context", "--data", str(log), "--budget", "tiny", "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "report" / "TABLES.md").read_text()
+    text = (tmp_path / "report" / "tiny" / "TABLES.md").read_text()
     assert "| Two-Tower, no context fields | 0." in text
     assert "| Two-Tower, rows with context | n/a" in text
 

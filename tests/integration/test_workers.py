@@ -80,7 +80,8 @@ def test_a_release_is_swapped_while_both_workers_answer(
 ) -> None:
     first = publish(releases[0], store)
     with workers(store, tmp_path) as (running, url, refresher):
-        assert os.getpriority(os.PRIO_PROCESS, refresher) == 10
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getpriority(os.PRIO_PROCESS, refresher) == min(own + 10, 19)
         follow(store, running, url, releases, first)
         store.delete_users(releases[0].spec.id)
         swapped(running, ".*, 0 users")

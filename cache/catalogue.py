@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from kernel.ids import Ids, Texts
 from model.datasets.columns import Source, as_objects, open_source, read_unique_ids
 from model.datasets.events import read_field
 from model.datasets.schema import nearest
@@ -36,41 +37,29 @@ class Catalogue:
 
     def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
         """Ids (b,) and encoded features (b, item width). Raises DataError naming file, column, row and remedy."""
-        fields = self.spec.item_fields
-        columns_of = {field.name: column_of(field.name, self.spec, self.id_column) for field in fields}
-        names = list(dict.fromkeys(columns_of.values()))
         with pq.ParquetFile(self.path) as file:
             start = 0
-            for batch in _resized(file, names):
-                named = pa.table({name: batch[column] for name, column in columns_of.items()})
-                block = _Block(self.path, named, start)
-                columns: dict[str, Column] = {field.name: read_field(block, field) for field in fields}
-                ids = as_objects(self.ids.slice(start, len(block)))
-                yield ids, self._encode(columns, len(block))
-                start += len(block)
+            for batch in _resized(file, self._names()):
+                ids = as_objects(self.ids.slice(start, len(batch)))
+                yield ids, encode_rows(self.path, batch, self.spec, self.id_column, start)
+                start += len(batch)
 
     def sample(self, count: int, seed: int) -> NDArray[np.int32]:
         """Encoded features (m, item width) of about `count` random items, from at most 16 row groups."""
         rng = np.random.default_rng(seed)
-        fields = self.spec.item_fields
-        columns_of = {field.name: column_of(field.name, self.spec, self.id_column) for field in fields}
         parts = []
         with pq.ParquetFile(self.path) as file:
             groups = np.sort(rng.permutation(file.num_row_groups)[:SAMPLED_GROUPS]).tolist()
             starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))])
             for group in groups:
-                table = file.read_row_group(group, list(dict.fromkeys(columns_of.values())))
+                table = file.read_row_group(group, self._names())
                 rows = np.sort(rng.permutation(table.num_rows)[: -(-count // len(groups))])
-                named = pa.table({name: table[column].take(rows) for name, column in columns_of.items()})
-                block = _Block(self.path, named, int(starts[group]))
-                parts.append(self._encode({field.name: read_field(block, field) for field in fields}, len(rows)))
+                parts.append(encode_rows(self.path, table.take(rows), self.spec, self.id_column, int(starts[group])))
         return np.concatenate([np.empty((0, self.spec.item_width), np.int32), *parts])[:count]
 
-    def _encode(self, columns: dict[str, Column], count: int) -> NDArray[np.int32]:
-        try:
-            return self.spec.encode("item", columns, count)
-        except FeatureError as error:
-            raise DataError(f"{self.path}: column {error.field!r}: {error.detail}") from error
+    def _names(self) -> list[str]:
+        """Columns that are read of the file."""
+        return list(dict.fromkeys(column_of(field.name, self.spec, self.id_column) for field in self.spec.item_fields))
 
 
 @dataclass(frozen=True)
@@ -87,19 +76,45 @@ def open_catalogue(path: Path, spec: FeatureSpec, id_column: str | None = None) 
     """Check columns and ids of an items file. Raises DataError naming file, column, row and remedy."""
     name = id_column or spec.item_id_name
     ids = read_unique_ids(open_source(path, [name], wanted_by="--id-column" if id_column else "the bundle"), name)
+    check_ids(path, ids, name, spec)
+    check_columns(path, pq.read_schema(path).names, name, spec)
+    return Catalogue(path, spec, ids, name)
+
+
+def check_ids(path: Path, ids: pa.Array, name: str, spec: FeatureSpec) -> None:
+    """Raise DataError unless the ids are of the bundle's type."""
     found = "int" if pa.types.is_integer(ids.type) else "string"
     if found != spec.item_id_type:
         raise DataError(
             f"{path}: column {name!r} holds {found} ids, the bundle was trained with {spec.item_id_type} ids: "
             "write the type that the log had"
         )
-    known = pq.read_schema(path).names
+
+
+def as_ids(ids: pa.Array) -> Ids:
+    """Checked ids in bulk."""
+    return np.asarray(ids.to_numpy(), np.int64) if pa.types.is_integer(ids.type) else Texts.of(ids.to_pylist())
+
+
+def check_columns(path: Path, known: list[str], id_column: str, spec: FeatureSpec) -> None:
+    """Raise DataError unless all columns that the bundle reads are there."""
     for wanted in spec.item_fields:
-        if column_of(wanted.name, spec, name) not in known:
+        if column_of(wanted.name, spec, id_column) not in known:
             raise DataError(
                 f"{path} has no column {wanted.name!r}, which the bundle reads: {nearest(wanted.name, known)}"
             )
-    return Catalogue(path, spec, ids, name)
+
+
+def encode_rows(path: Path, table: pa.Table, spec: FeatureSpec, id_column: str, start: int = 0) -> NDArray[np.int32]:
+    """Encoded features (n, item width) of rows of an items file. Raises DataError naming path, column and row, where
+    the first is counted as `start`."""
+    named = pa.table({field.name: table[column_of(field.name, spec, id_column)] for field in spec.item_fields})
+    block = _Block(path, named, start)
+    columns: dict[str, Column] = {field.name: read_field(block, field) for field in spec.item_fields}
+    try:
+        return spec.encode("item", columns, table.num_rows)
+    except FeatureError as error:
+        raise DataError(f"{path}: column {error.field!r}: {error.detail}") from error
 
 
 def column_of(field: str, spec: FeatureSpec, id_column: str) -> str:

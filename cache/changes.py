@@ -28,6 +28,7 @@ from model.features import IdType
 CHANGES, DEAD = "changes", "dead"
 ENTRY_ROWS = 1_000  # changes in one entry, at most
 ENTRY_BYTES = 64 << 20  # no entry is larger
+APPEND_BYTES = 8 << 20  # of one append, unless a single entry is larger
 
 UPSERT, DELETE, RECORDS, REMOVED = b"U", b"D", b"R", b"X"
 _STRETCH = struct.Struct("<cxxxIqqq")  # kind, floats of a record, since, after, until
@@ -81,6 +82,18 @@ class ChangeLog(Protocol):
         """Announce it; a lower one than before changes nothing."""
 
 
+def append_all(log: ChangeLog, payloads: Iterable[bytes]) -> int:
+    """Append in parts of some megabytes, for each waits for the disk; returns the position of the last, 0 of none."""
+    position, size = 0, 0
+    part: list[bytes] = []
+    for payload in payloads:
+        if part and size + len(payload) > APPEND_BYTES:
+            position, part, size = log.append(part), [], 0
+        part.append(payload)
+        size += len(payload)
+    return log.append(part) if part else position
+
+
 # --- what entries hold -----------------------------------------------------------------------------------------------
 
 
@@ -124,7 +137,7 @@ class Embedded:
     since: int
     after: int
     until: int
-    ids: Ids  # (n,), each once
+    ids: Ids  # (n,)
     records: NDArray[np.float32] | None  # (n, item size); None where the items are gone
 
 
@@ -225,8 +238,9 @@ class Folded:
     def plus(self, entries: Iterable[Embedded]) -> Folded:
         """With entries of the bundle's log in their order; those that do not follow what is known change nothing."""
         watermark = self.watermark
-        latest: dict[int | str, tuple[int, int] | None] = {}  # where the record of an id lies: stretch, row
-        stretches: list[NDArray[np.float32]] = []
+        latest: dict[int | str, int | None] = {}  # row of an id's record among all that come, None where it is gone
+        coming: list[NDArray[np.float32]] = [np.empty((0, self.records.shape[1]), np.float32)]
+        count = 0
         for entry in entries:
             if not entry.after <= watermark < entry.until:
                 continue
@@ -234,17 +248,19 @@ class Folded:
             if entry.records is None:
                 latest.update(dict.fromkeys(entry.ids.tolist()))
             else:
-                places = zip(entry.ids.tolist(), range(len(entry.ids)), strict=True)
-                latest.update((item, (len(stretches), row)) for item, row in places)
-                stretches.append(entry.records)
+                latest.update(zip(entry.ids.tolist(), range(count, count + len(entry.ids)), strict=True))
+                coming.append(entry.records)
+                count += len(entry.records)
         if not latest:
             return Folded(watermark, self.ids, self.records, self.deleted, self._ids, self._deleted)
-        kept = [item not in latest for item in self._ids]
-        placed = {item: place for item, place in latest.items() if place is not None}
-        fresh = [stretches[stretch][row] for stretch, row in placed.values()]
-        ids = (*compress(self._ids, kept), *placed)
+        kept = np.array([item not in latest for item in self._ids], np.bool_)
+        placed = {item: row for item, row in latest.items() if row is not None}
+        ids = (*compress(self._ids, kept.tolist()), *placed)
+        records = np.empty((len(ids), self.records.shape[1]), np.float32)
+        split = len(ids) - len(placed)
+        np.compress(kept, self.records, axis=0, out=records[:split])
+        records[split:] = np.concatenate(coming)[list(placed.values())]
         deleted = self._deleted.difference(placed).union(latest.keys() - placed.keys())
-        records = np.concatenate([self.records[np.asarray(kept, np.bool_)], *(row[None] for row in fresh)])
         id_type: IdType = "string" if isinstance(self.ids, Texts) else "int"
         return Folded(watermark, _as_ids(ids, id_type), records, _as_ids(tuple(deleted), id_type), ids, deleted)
 

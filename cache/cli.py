@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cache.changes import CHANGES, DEAD, DeadLetter, decode_dead
 from cache.durable import locked, locked_now
 from cache.errors import StoreError
 from cache.release import (
@@ -35,16 +38,20 @@ from cache.release import (
 from cache.release import Progress as Report
 from cache.snapshot import Snapshot
 from cache.store import ReleaseInfo, ReleaseStore, open_store
+from cache.watermarks import check_watermark, trim_changes, watermark_of
 from kernel.head import HeadSpec
+from model.errors import DataError
 
 if TYPE_CHECKING:
-    from cache.embed import Counts
+    from model.features import FeatureSpec
 
 DEFAULT_STORE = "file://./var/releases"
 BYTES_STAGES = ("publish", "verify")
 CANDIDATES_PER_HEAD = [50, 100, 200, 500, 1000, 2000]
 RECALL_AT, RECALL_WANTED = 100, 0.95
 LOCK = ".lock"
+UPDATES = "update"  # the corner of the cache where bundles lie that are embedded with
+DEAD_ENTRIES = 16  # read at a time
 NOT_CURRENT = "not current: see `ranktower releases activate`"
 
 app = typer.Typer(help="Publish and look after releases.", no_args_is_help=True)
@@ -59,6 +66,8 @@ StoreUrl = Annotated[
 ]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Bundle folder, as `ranktower export` writes it.")]
 WorkFolder = Annotated[Path, typer.Option("--work", help="Folder to build in.")]
+IdColumn = Annotated[str | None, typer.Option(help="Column of the item ids, if not that of the log.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads that run the item tower; as many as processors.")]
 CacheDir = Annotated[Path, typer.Option("--cache", help="Where releases from a remote store are kept locally.")]
 
 
@@ -78,26 +87,25 @@ def publish(
     activate: Annotated[bool, typer.Option(help="Make the release the current one.")] = True,
     incremental: Annotated[bool, typer.Option(help="Embed only what changed since the current release.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would change, and change nothing.")] = False,
-    id_column: Annotated[str | None, typer.Option(help="Column of the item ids, if not that of the log.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that run the item tower; as many as processors.")
+    id_column: IdColumn = None,
+    watermark: Annotated[
+        int | None, typer.Option(help="Position of the log of updates that the items contain; that of the file's time.")
     ] = None,
+    workers: Workers = None,
     work: WorkFolder = Path("var/build"),
     cache: CacheDir = Path("var/cache"),
 ) -> None:
     """Embed the catalogue with a bundle and publish both as one release."""
-    from cache.embed import build_release, plan_release
+    from cache.embed import build_release
 
     target = open_store(store)
     before = _current(target)
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
+        contained = watermark_of(target, items, watermark)
         if dry_run:
             table = _published_users(target, bundle, cache)
-            plan = plan_release(
-                bundle, items, dtype=dtype, users=table, previous=previous, id_column=id_column, progress=report
-            )
-            _print_plan(plan, before, compared=previous is not None)
+            _plan(bundle, items, table, before, dtype=dtype, previous=previous, id_column=id_column, progress=report)
             return
         target.check_writable()
         with building_in(work) as folder:
@@ -111,10 +119,12 @@ def publish(
                 users=table or _published_users(target, bundle, cache),
                 previous=previous,
                 id_column=id_column,
+                watermark=contained,
                 workers=workers,
                 progress=report,
             )
             sent = _send(target, built, report)
+            _catch_up(target, sent.release, cache, report)
             version = target.publish_users(table, for_users(report)) if table else None
             if activate:
                 target.activate(sent.release.id)
@@ -143,6 +153,36 @@ def verify(
             _print_recall(folder, release, records, source, per_head)
 
 
+@app.command()
+def update(
+    items: Annotated[Path | None, typer.Option(help="Parquet file of new and changed items, with all columns.")] = None,
+    delete: Annotated[Path | None, typer.Option(help="Parquet file with the ids of items that are gone.")] = None,
+    delete_ids: Annotated[str | None, typer.Option(help="The same as ids with commas between them.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Embed what others append, until stopped.")] = False,
+    dead: Annotated[bool, typer.Option("--dead", help="Print what could not be embedded, and why.")] = False,
+    position: Annotated[bool, typer.Option("--position", help="Print the log's last position.")] = False,
+    embed: Annotated[bool, typer.Option(help="Embed at once; no need where another process runs --follow.")] = True,
+    id_column: IdColumn = None,
+    workers: Workers = None,
+    store: StoreUrl = DEFAULT_STORE,
+    cache: CacheDir = Path("var/cache"),
+) -> None:
+    """Change or delete items between two full publishes, for every release of the store."""
+    target = open_store(store)
+    if sum((items is not None, delete is not None, delete_ids is not None, follow, dead, position)) != 1:
+        raise DataError("give one of --items, --delete, --delete-ids, --follow, --dead and --position")
+    if follow:
+        _follow(target, cache, workers)
+    elif dead:
+        _print_dead(target)
+    elif position:
+        console.print(target.log(CHANGES).last())
+    else:
+        _append(target, _current_spec(target, cache), items, delete, delete_ids, id_column)
+        if embed:
+            _embed(target, cache, workers)
+
+
 @releases.command("list")
 def list_releases(store: StoreUrl = DEFAULT_STORE) -> None:
     """All releases of the store, oldest first, a line each whatever the width of the terminal."""
@@ -161,6 +201,9 @@ def activate_release(release: str, store: StoreUrl = DEFAULT_STORE) -> None:
     """Make a release the current one."""
     target = open_store(store)
     before = target.current()
+    for info in target.list():
+        if info.id == release and not info.damage:
+            check_watermark(target, info.watermark, f"release {release}")
     target.activate(release)
     console.print(f"current is {release}, was {before or 'none'}")
 
@@ -178,9 +221,13 @@ def prune_releases(
     keep: Annotated[int, typer.Option(min=1, help="How many of the newest stay; the current one always does.")],
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
-    """Delete old releases, and what dead publishers left behind."""
-    gone = open_store(store).prune(keep)
+    """Delete old releases, what dead publishers left behind, and updates that all releases contain."""
+    target = open_store(store)
+    gone = target.prune(keep)
     console.print(f"deleted {len(gone)}: {', '.join(gone)}" if gone else "nothing to delete")
+    contained = trim_changes(target)
+    if contained is not None:
+        console.print(f"trimmed the log of updates up to position {contained}, which every release contains")
 
 
 @releases.command("push")
@@ -188,12 +235,14 @@ def push_release(
     folder: Path,
     store: StoreUrl = DEFAULT_STORE,
     activate: Annotated[bool, typer.Option(help="Make the release the current one.")] = True,
+    cache: CacheDir = Path("var/cache"),
 ) -> None:
     """Publish a release folder that was built before, for example when the store failed after it was built."""
     target = open_store(store)
     before = _current(target)
     with reporting() as report:
         sent = _send(target, folder, report)
+        _catch_up(target, sent.release, cache, report)
         if activate:
             target.activate(sent.release.id)
     sent.tell(store=target.url, current=activate, before=before)
@@ -282,8 +331,12 @@ def _current(store: ReleaseStore) -> ReleaseInfo | None:
     return next((info for info in store.list() if info.current), None)
 
 
-def _print_plan(plan: Counts, before: ReleaseInfo | None, *, compared: bool) -> None:
-    removed = f", {plan.removed:,} removed" if compared else ""
+def _plan(bundle: Path, items: Path, users: Path | None, before: ReleaseInfo | None, **options: Any) -> None:
+    """Say what publishing would do."""
+    from cache.embed import plan_release
+
+    plan = plan_release(bundle, items, users=users, **options)
+    removed = f", {plan.removed:,} removed" if options["previous"] else ""
     console.print(
         f"would publish {plan.items:,} items{_than(before)}: {plan.embedded:,} to embed, {plan.reused:,} unchanged"
         f"{removed}; nothing was written"
@@ -399,6 +452,95 @@ def check_recall(release_id: str, head: HeadSpec, recall: float, per_head: int) 
             f"{release_id}: recall@{RECALL_AT} with {per_head} candidates per head is {recall:.3f}, below "
             f"{RECALL_WANTED}: retrieve with more of them, or publish with --index flat"
         )
+
+
+# --- updates ---------------------------------------------------------------------------------------------------------
+
+
+def _current_spec(store: ReleaseStore, cache: Path) -> FeatureSpec:
+    """What items are checked against."""
+    from model.bundle import open_bundle
+
+    current = store.current()
+    if current is None:
+        raise StoreError(f"{store.url} has no current release to check the items against: publish one first")
+    return open_bundle(store.fetch_bundle(current, cache / UPDATES)).spec
+
+
+def _append(
+    store: ReleaseStore,
+    spec: FeatureSpec,
+    items: Path | None,
+    delete: Path | None,
+    delete_ids: str | None,
+    id_column: str | None,
+) -> None:
+    """Check the changes, append them and say so."""
+    from cache.intake import append_deletes, append_items, parse_deleted, read_deleted
+
+    if items is not None:
+        with reporting() as report:
+            count, position = append_items(store, items, spec, id_column, report)
+    else:
+        ids = read_deleted(delete, spec, id_column) if delete is not None else parse_deleted(delete_ids or "", spec)
+        count, position = append_deletes(store, ids)
+    what = "items" if items is not None else "deletions"
+    console.print(f"appended {count:,} {what} to the log of {store.url}, up to position {position}")
+
+
+def _embed(store: ReleaseStore, cache: Path, workers: int | None) -> None:
+    """Bring the records of all live bundles up to date and say so."""
+    from cache.updater import Updater
+
+    with Updater(store, cache / UPDATES, workers=workers, tell=_tell) as updater:
+        updater.catch_up()
+    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in updater.lines.items())
+    console.print(f"embedded for {len(updater.lines)} bundles: {places}")
+    if updater.dead:
+        console.print(f"{updater.dead:,} changes could not be embedded: see `ranktower update --dead`")
+
+
+def _catch_up(store: ReleaseStore, release: Release, cache: Path, report: Report) -> None:
+    """Embed the changes behind the watermark of a release, before it is activated."""
+    from cache.updater import Updater
+
+    check_watermark(store, release.watermark, f"release {release.id}")
+    if store.log(CHANGES).last() > release.watermark:
+        with Updater(store, cache / UPDATES, only=release.bundle_id, tell=_tell) as updater:
+            updater.look()
+            done = 0
+            while step := updater.step():
+                done += step
+                report("updates", done, done)
+
+
+def _follow(store: ReleaseStore, cache: Path, workers: int | None) -> None:
+    from cache.updater import Updater
+
+    stopping = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with Updater(store, cache / UPDATES, workers=workers, tell=_tell) as updater:
+        updater.run(stopping)
+
+
+def _tell(text: str) -> None:
+    console.print(f"{utc_now().isoformat(timespec='seconds')} {text}", markup=False)
+
+
+def _print_dead(store: ReleaseStore) -> None:
+    """A line for each change that some bundle could not take; what was tried twice is shown once."""
+    log, position = store.log(DEAD), 0
+    seen: set[DeadLetter] = set()
+    while entries := log.read(position, DEAD_ENTRIES):
+        for letter in (letter for entry in entries for letter in decode_dead(entry)):
+            if letter not in seen:
+                place = f"position {letter.position}, bundle {letter.bundle_id}"
+                console.print(f"{letter.id}: {letter.reason} ({place})", markup=False)
+                seen.add(letter)
+        position = entries[-1].position
+    if not seen:
+        console.print("nothing")
 
 
 # --- shown to a person -----------------------------------------------------------------------------------------------

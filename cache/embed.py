@@ -176,6 +176,7 @@ def build_release(
     users: Path | None = None,
     previous: Path | None = None,
     id_column: str | None = None,
+    watermark: int = 0,
     workers: int | None = None,
     progress: Progress = no_progress,
 ) -> Path:
@@ -183,7 +184,8 @@ def build_release(
 
     `dtype` is f32, f16, int8, or auto: what it costs is measured on `users` (a user table) and goes into the manifest.
     `previous` is a release folder whose records are used again where nothing changed; `workers` threads run the tower,
-    the number of processors where absent, and the result does not depend on it. Raises DataError for the items,
+    the number of processors where absent, and the result does not depend on it. `watermark`: the position in the log of
+    changes up to which the items file contains them (cache/changes.py). Raises DataError for the items,
     BundleError for the bundle, StoreError for the index, SnapshotError for a record that is not finite.
     """
     opened = open_bundle(bundle)
@@ -205,7 +207,15 @@ def build_release(
         }
         if kind is not IndexKind.NONE:
             report["index_s"] = _index(opened, folder, kind, progress)
-        seal_release(folder, bundle_id=opened.id, head=opened.head, index=kind, inputs=FINGERPRINT, report=report)
+        seal_release(
+            folder,
+            bundle_id=opened.id,
+            head=opened.head,
+            index=kind,
+            inputs=FINGERPRINT,
+            watermark=watermark,
+            report=report,
+        )
     return out
 
 

@@ -155,9 +155,10 @@ class FileLog:
                 start += _FRAME.size + len(payload)
                 yield Entry(start, _TIME.unpack_from(payload)[0], payload[_TIME.size :])
             if start != following if following else _has_entry_behind(stream, start - base, size - base):
+                space = "" if following else f", create an empty {size:020}.log in its place"
                 raise StoreError(
-                    f"{path} is damaged at octet {start - base}: restore it, or publish all items again and delete "
-                    f"{self._folder}"
+                    f"{path} is damaged at octet {start - base}: restore it, or move it away{space}, and publish all "
+                    "items again"
                 )
 
     def _find_end(self, bases: list[int]) -> _End:

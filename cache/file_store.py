@@ -28,6 +28,7 @@ from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.file_log import FileLog
 from cache.follow import Follower
 from cache.release import (
+    BUNDLE,
     NAME,
     RELEASE,
     USER_TABLE,
@@ -206,7 +207,11 @@ class FileStore:
         """Only overlays are held."""
         self._follower.close()
 
-    # --- change logs
+    # --- updates
+
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+        with self._disk():
+            return self._folder(release_id) / BUNDLE
 
     def log(self, name: str) -> ChangeLog:
         return FileLog(self.root / name)

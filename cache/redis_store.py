@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +34,7 @@ from cache.redis_chunks import Chunks, Manifest
 from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
+    BUNDLE,
     RELEASE,
     USER_TABLE,
     USERS,
@@ -287,7 +289,15 @@ class RedisStore:
         tables = {parse_users(raw, self.url).id for raw in self._client.hvals(self._users)}
         return tables | {name.decode() for name in self._client.hkeys(self._releases)}
 
-    # --- change logs
+    # --- updates
+
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+        target = self._cache(cache_dir) / release_id
+        with self._errors():
+            release, raw = self._release(release_id)
+            part = replace(release, files=tuple(file for file in release.files if file.path.startswith(f"{BUNDLE}/")))
+            self._chunks.download(f"release:{release_id}", part, target, (RELEASE, raw), no_progress)
+        return target / BUNDLE
 
     def log(self, name: str) -> ChangeLog:
         with self._errors():

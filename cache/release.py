@@ -1,6 +1,6 @@
 """The unit of deployment as a folder: one bundle, the snapshot it embedded, a manifest with the hash of every chunk.
 
-    release.json   id, created, bundle_id, snapshot_id, head, count, index, inputs, report, chunk_bytes,
+    release.json   id, created, bundle_id, snapshot_id, head, count, index, inputs, watermark, report, chunk_bytes,
                    files [{path, size, chunks [sha256]}]
     bundle/...     the bundle, as exported
     items.snap     the item table

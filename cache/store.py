@@ -33,6 +33,8 @@ class ReleaseInfo:
     size_bytes: int
     current: bool
     damage: str | None = None  # why its manifest cannot be read; then all but name and `current` is empty
+    watermark: int = 0  # up to where it contains the log of changes
+    dtype: str = "f32"  # of its records
 
     @classmethod
     def of(cls, release: Release, current: str | None) -> ReleaseInfo:
@@ -44,6 +46,8 @@ class ReleaseInfo:
             count=release.count,
             size_bytes=release.size_bytes,
             current=release.id == current,
+            watermark=release.watermark,
+            dtype=release.report.get("precision", {}).get("dtype", "f32"),
         )
 
     @classmethod
@@ -131,6 +135,9 @@ class ReleaseStore(ReadableStore, Protocol):
         """The manifest of the user table: its version, how many users, how large."""
 
     def delete_users(self, spec_id: str) -> None: ...
+
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+        """A local folder with the bundle of a release alone. Hashes are for who opens it. `drop_cached` drops it."""
 
     def log(self, name: str) -> ChangeLog:
         """The change log of that name (cache/changes.py), there once something was appended to it."""

@@ -175,9 +175,10 @@ def read_multi(source: Source, name: str) -> NDArray[Any]:
         values = values.drop_null()
     flat = values.to_numpy(zero_copy_only=False)
     flat = flat.astype(np.int64) if pa.types.is_integer(values.type) else flat.astype(object)
-    ends = np.cumsum(np.bincount(owner, minlength=len(array)))
+    counts = np.bincount(owner, minlength=len(array))
+    ends = np.cumsum(counts)
     rows = np.empty(len(array), object)
-    for row, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+    for row, (start, end) in enumerate(zip((ends - counts).tolist(), ends.tolist(), strict=True)):
         rows[row] = flat[start:end]
     if array.null_count:
         rows[np.asarray(array.is_null().to_numpy(zero_copy_only=False))] = None

@@ -1,4 +1,4 @@
-"""What every change log must do, in a folder and on a real Redis, with real processes; then what entries sum to."""
+"""What every change log must do: in a folder, on a real Redis and a cluster, with real processes; then their sum."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from redis import Redis
 
 from cache import file_log
 from cache.changes import (
@@ -34,7 +35,7 @@ from cache.file_log import FileLog
 from cache.redis_store import RedisStore
 from cache.store import open_store
 from kernel.ids import Ids, Texts
-from tests.redis_server import redis_server
+from tests.redis_server import cluster_url, redis_server, running_cluster, running_redis
 
 ROOT = Path(__file__).resolve().parents[2]
 SEGMENT_BYTES = 300  # a few entries
@@ -46,13 +47,19 @@ def redis_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["file", "redis"])
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    with running_cluster() as servers:
+        yield cluster_url(servers[:1])
+
+
+@pytest.fixture(params=["file", "redis_url", "cluster"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A store that is empty at first."""
     if request.param == "file":
         return f"file://{tmp_path}/store"
     name = re.sub(r"\W", "-", request.node.name) + str(time.monotonic_ns())
-    return f"{request.getfixturevalue('redis_url')}?prefix={name}"
+    return f"{request.getfixturevalue(request.param)}?prefix={name}"
 
 
 @pytest.fixture
@@ -346,6 +353,31 @@ def test_a_redis_that_is_away_is_named(tmp_path: Path) -> None:
     for act in (log.last, log.newest, log.floor, lambda: log.read(0, 1), lambda: log.append([b"x"])):
         with pytest.raises(StoreError, match=r"redis://127.0.0.1:1/0"):
             act()
+
+
+def allowed(admin: Redis, user: str) -> None:
+    """Make a user as docs/stores.md says."""
+    found = re.search(rf"ACL SETUSER {user} (.*)", (ROOT / "docs" / "stores.md").read_text())
+    assert found is not None
+    admin.execute_command("ACL SETUSER", user, *found[1].split())
+
+
+def test_users_of_redis_may_do_what_their_part_takes() -> None:
+    with running_redis() as server:
+        with server.client() as admin:
+            allowed(admin, "publisher")
+            allowed(admin, "reader")
+        place = server.url.split("//")[1]
+        log = RedisStore(f"redis://publisher:password@{place}").log("changes")
+        position = log.append([b"first", b"second"])
+        log.raise_floor(position - 1)
+        log.trim(position - 1)
+        assert log.last() == position
+        reader = RedisStore(f"redis://reader:password@{place}").log("changes")
+        assert [entry.payload for entry in reader.read(0, 9)] == [b"second"]
+        assert reader.floor() == position - 1
+        with pytest.raises(StoreError, match=r"docs/stores\.md"):
+            reader.append([b"third"])
 
 
 # --- what entries hold -----------------------------------------------------------------------------------------------

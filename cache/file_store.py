@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
-from cache.changes import ChangeLog
+from cache.changes import ChangeLog, Newer
 from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.file_log import FileLog
@@ -200,7 +200,7 @@ class FileStore:
                 (home / "current").unlink(missing_ok=True)
                 shutil.rmtree(home)
 
-    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
+    def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
         return self._follower.bring(folder, cache_dir)
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
 
-from cache.changes import ChangeLog
+from cache.changes import ChangeLog, Newer
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Follower
 from cache.redis_chunks import Chunks, Manifest
@@ -229,7 +229,7 @@ class RedisStore:
             self._client.hdel(self._users, spec_id)
             self._forget(old)
 
-    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
+    def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
         return self._follower.bring(folder, cache_dir)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from cache.changes import Newer
 from cache.errors import Awaited
 from cache.mirror import CHANGES_S
 from cache.overlay import Overlay
@@ -30,11 +31,17 @@ class Standing:
     ranker: Ranker | None = None
     users: str | None = None  # version of the user table
     current: str | None = None  # the release that the store names
+    behind_since_s: float | None = None  # monotonic time since when the ranker has lacked a change that is in the log
+    dead: int = 0  # changes that the release's bundle could not take
     swaps: int = 0  # how often a release or a user table was taken over
     reachable: bool = False  # whether the store answered when last asked
     contact_s: float | None = None  # monotonic time of the store's last answer
     failure: str | None = None  # why the last attempt failed; None once one has succeeded
     failures: int = 0
+
+    def behind_s(self) -> float:
+        """For how long the ranker has lacked a change that is in the log; 0 where it lacks none."""
+        return 0.0 if self.behind_since_s is None else monotonic() - self.behind_since_s
 
     def staleness_s(self) -> float | None:
         """Seconds since the store last answered; None before it ever did."""
@@ -67,7 +74,7 @@ class Refresher:
         self._on_swap, self._on_failure, self._on_wait, self._contact = on_swap, on_failure, on_wait, contact
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
-        self._retry, self._users_retry = Retry(), Retry()
+        self._retry, self._users_retry, self._changes_retry = Retry(), Retry(), Retry()
         self._heard = 0  # failures of who fetches for this process, when the last of them was recorded here
         self._changed = threading.Condition()
         self.standing = Standing()
@@ -150,8 +157,7 @@ class Refresher:
         serving = self.standing.ranker
         fits = True
         if serving is not None and serving.release == release_id:
-            fits = self.follow_users()
-            self.follow_changes()
+            fits = self.follow_users() and self.follow_changes()
         elif release_id is not None:  # a store without any release has lost all it had: that deletes no users here
             try:
                 self._take_release(release_id)
@@ -185,21 +191,46 @@ class Refresher:
         self._users_retry = Retry()
         return True
 
-    def follow_changes(self) -> None:
-        """Serve what came after the release, too: in one step, and never less of it than before."""
+    def follow_changes(self) -> bool:
+        """Serve what came after the release, too: in one step, and never less of it than before.
+
+        Returns whether all that is known is served; False while what was refused waits to be tried again.
+        """
         ranker = self.standing.ranker
         if ranker is None:
-            return
-        newer = self._under_changes(ranker)
-        if newer is not ranker:
-            self._stand(ranker=newer)
+            return True
+        if not self._changes_retry.allows(ranker.release):
+            return False
+        try:
+            ranker, newer = self._under_changes(ranker)
+        except Awaited:
+            raise
+        except Exception:
+            self._changes_retry = self._changes_retry.later(ranker.release)
+            raise
+        self._changes_retry = Retry()
+        self._stand(ranker=ranker, behind_since_s=newer.behind_since_s, dead=newer.dead)
+        return True
 
-    def _under_changes(self, ranker: Ranker) -> Ranker:
-        path = self._store.fetch_overlay(ranker.items.path.parent, self._cache_dir)
+    def _under_changes(self, ranker: Ranker) -> tuple[Ranker, Newer]:
+        newer = self._store.fetch_changes(ranker.items.path.parent, self._cache_dir)
+        path = newer.overlay
         if path is None or (ranker.overlay is not None and ranker.overlay.items.path == path):
-            return ranker
+            return ranker, newer
         overlay = Overlay.open(path)
-        return ranker if overlay.watermark < ranker.watermark else ranker.with_overlay(overlay)
+        return (ranker if overlay.watermark < ranker.watermark else ranker.with_overlay(overlay)), newer
+
+    def _begin_under_changes(self, ranker: Ranker) -> tuple[Ranker, Newer]:
+        """The same for a release that is taken over; what has nothing to serve yet begins without."""
+        try:
+            return self._under_changes(ranker)
+        except Awaited:
+            raise
+        except Exception as error:
+            if self.standing.ranker is not None:
+                raise
+            self._record(error)
+            return ranker, Newer()
 
     def _take_release(self, release_id: str) -> None:
         serving = self.standing.ranker
@@ -207,12 +238,13 @@ class Refresher:
             folder = self._store.fetch(release_id, self._cache_dir)
             ranker = Ranker.open(folder, retrieval=self._retrieval, user_cache=self._user_cache)
             ranker.check()
-            ranker = self._under_changes(ranker)
+            ranker, newer = self._begin_under_changes(ranker)
             if self._huge_pages:
                 log.debug("%.0f %% of the items are in huge pages", 100 * ranker.items.settle())
             # what serves stays until the next one comes: a rollback finds it here
             self._store.drop_cached(self._cache_dir, {release_id} | ({serving.release} if serving else set()))
             self._swap(ranker, self._store.users_version(ranker.spec.id))
+            self._stand(behind_since_s=newer.behind_since_s, dead=newer.dead)
         except Awaited:
             raise
         except Exception:

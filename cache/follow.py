@@ -31,6 +31,7 @@ from model.features import IdType
 PREFIX = "overlays-"
 ENTRIES = 64  # of a log, read at a time: up to 1,000 records each
 KEPT = 4  # overlays that stay
+REST = 1.0  # of the time that a look took, until the next one: at most half of all goes into it
 SIGHTS = 1_000  # ends of the log of changes that are remembered, at most
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class _Followed:
     changes: ChangeLog
     told: Newer = field(default_factory=Newer)
     written: int = 0  # watermark of the overlay
+    seen: int = 0  # up to which change there are records in the log, whether they follow or not
     letters: int = 0
     sights: deque[tuple[int, float]] = field(default_factory=deque)  # an end of `changes`, when it was seen first
     rest_until_s: float = 0.0
@@ -105,7 +107,8 @@ class Follower:
             at.written = at.fold.watermark
         at.letters += _count_dead(at)
         at.told = Newer(overlay=path, behind_since_s=_behind_since(at), dead=at.letters)
-        at.rest_until_s = 2 * monotonic() - start_s  # at most half of the time goes here
+        end_s = monotonic()
+        at.rest_until_s = end_s + REST * (end_s - start_s)
         return at.told
 
     def close(self) -> None:
@@ -166,11 +169,10 @@ class Follower:
 def _read(at: _Followed) -> None:
     """Fold what is new in the bundle's log; all of it where that does not follow what is known."""
     whole = at.records.at_start
-    seen = _fold(at)
-    if seen > at.fold.watermark and not whole:
+    if _fold(at) and at.seen > at.fold.watermark and not whole:
         at.records.rewind()
-        seen = _fold(at)
-    floor = at.changes.floor() if seen > at.fold.watermark or at.told.overlay is None else 0
+        _fold(at)
+    floor = at.changes.floor() if at.seen > at.fold.watermark or at.told.overlay is None else 0
     if floor > at.fold.watermark:
         raise StoreError(
             f"release {at.folder.name} knows the changes up to {at.fold.watermark}, those up to {floor} were trimmed: "
@@ -178,10 +180,11 @@ def _read(at: _Followed) -> None:
         )
 
 
-def _fold(at: _Followed) -> int:
-    """Up to which change there are records, followed or not."""
-    until = 0
+def _fold(at: _Followed) -> bool:
+    """Take what follows; returns whether any entry was new, followed or not."""
+    any_new = False
     for entry in at.records.new():
+        any_new = True
         embedded = decode_embedded(entry)
         try:
             at.fold.add(embedded)
@@ -191,8 +194,8 @@ def _fold(at: _Followed) -> int:
                 f"the record of item {item!r} in the log of bundle {at.bundle_id}, at {entry.position}: {error}: "
                 "publish the items again"
             ) from error
-        until = max(until, embedded.until)
-    return until
+        at.seen = max(at.seen, embedded.until)
+    return any_new
 
 
 def _see_end(at: _Followed) -> None:

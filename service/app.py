@@ -161,6 +161,12 @@ class Service:
             "draining": self.draining,
             "users": standing.users,
             "retrieval": standing.ranker is not None and standing.ranker.index is not None,
+            "changes": {
+                "watermark": standing.ranker.watermark if standing.ranker else None,
+                "items": standing.ranker.changed if standing.ranker else 0,
+                "behind_s": round(standing.behind_s(), 3),
+                "dead": standing.dead,
+            },
             "store": {
                 "url": self.store.url,
                 "reachable": standing.reachable,
@@ -169,6 +175,15 @@ class Service:
                 "failures": standing.failures,
             },
         }
+
+    def metrics(self) -> bytes:
+        """Those that are told by events, and how this process stands now."""
+        standing = self.refresher.standing
+        if standing.ranker is not None:
+            self.telemetry.serve_changes(
+                standing.ranker.watermark, standing.ranker.changed, standing.behind_s(), standing.dead
+            )
+        return self.telemetry.render(standing.staleness_s())
 
     def _user_cache(self) -> UserCache | None:
         """None where the setting is 0."""
@@ -362,5 +377,4 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", **documented("metrics"))
     async def metrics() -> Response:
         """Metrics in the Prometheus text format."""
-        staleness_s = service.refresher.standing.staleness_s()
-        return Response(service.telemetry.render(staleness_s), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics(), media_type=CONTENT_TYPE_LATEST)

@@ -424,6 +424,11 @@ class Ranker:
         people = self.users.ids(_draw(len(self.users), users, rng)).tolist() if self.users else []
         return self.items.ids(served).tolist(), people
 
+    @property
+    def changed(self) -> int:
+        """How many items are new, changed or deleted behind the release."""
+        return 0 if self.overlay is None else len(self.overlay.items)
+
     def describe(self) -> dict[str, Any]:
         """`schema.ReleaseAnswer`."""
         manifest = self.bundle.manifest

@@ -160,7 +160,7 @@ class Refresher:
             fits = self.follow_users() and self.follow_changes()
         elif release_id is not None:  # a store without any release has lost all it had: that deletes no users here
             try:
-                self._take_release(release_id)
+                fits = self._take_release(release_id)
             except Awaited:
                 self.follow_users()
                 raise
@@ -220,31 +220,33 @@ class Refresher:
         overlay = Overlay.open(path)
         return (ranker if overlay.watermark < ranker.watermark else ranker.with_overlay(overlay)), newer
 
-    def _begin_under_changes(self, ranker: Ranker) -> tuple[Ranker, Newer]:
-        """The same for a release that is taken over; what has nothing to serve yet begins without."""
+    def _begin_under_changes(self, ranker: Ranker) -> tuple[Ranker, Newer, bool]:
+        """The same for a new release, and whether all went well: who serves nothing yet begins without."""
         try:
-            return self._under_changes(ranker)
+            return *self._under_changes(ranker), True
         except Awaited:
             raise
         except Exception as error:
             if self.standing.ranker is not None:
                 raise
             self._record(error)
-            return ranker, Newer()
+            return ranker, Newer(), False
 
-    def _take_release(self, release_id: str) -> None:
+    def _take_release(self, release_id: str) -> bool:
+        """Returns whether it is served with what came after it."""
         serving = self.standing.ranker
         try:
             folder = self._store.fetch(release_id, self._cache_dir)
             ranker = Ranker.open(folder, retrieval=self._retrieval, user_cache=self._user_cache)
             ranker.check()
-            ranker, newer = self._begin_under_changes(ranker)
+            ranker, newer, whole = self._begin_under_changes(ranker)
             if self._huge_pages:
                 log.debug("%.0f %% of the items are in huge pages", 100 * ranker.items.settle())
             # what serves stays until the next one comes: a rollback finds it here
             self._store.drop_cached(self._cache_dir, {release_id} | ({serving.release} if serving else set()))
             self._swap(ranker, self._store.users_version(ranker.spec.id))
             self._stand(behind_since_s=newer.behind_since_s, dead=newer.dead)
+            return whole
         except Awaited:
             raise
         except Exception:

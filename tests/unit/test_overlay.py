@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,15 +19,10 @@ from kernel.reference import score
 from model.features import IdType
 from service.errors import ReleaseError
 from service.ranker import Ranker
+from tests.changed import records_of
 from tests.tiny_releases import TinyRelease, item_id, tiny_release
 
 CHANGED, NEW, DELETED = (3, 17), (60, 61, 62), (5, 9)  # numbers of items
-
-
-def records_of(made: TinyRelease, ids: Sequence[Any], price: float) -> np.ndarray:
-    """What the item tower makes of items at a price."""
-    columns: dict[str, Any] = {"item_id": list(ids), "price": np.full(len(ids), price)}
-    return made.bundle.item_tower().embed(made.spec.encode("item", columns, len(ids)))
 
 
 def overlay_of(made: TinyRelease, folder: Path, *, watermark: int = 7, dtype: Dtype = "f32") -> Overlay:

@@ -50,11 +50,13 @@ def cluster() -> Iterator[list[RedisServer]]:
         yield servers
 
 
-@pytest.fixture(params=["file", "redis", "cluster"])
+@pytest.fixture
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "file":
+    """Of the kind that a test is given, of one server where it is given none."""
+    kind = getattr(request, "param", "redis")
+    if kind == "file":
         return f"file://{tmp_path}/store"
-    if request.param == "redis":
+    if kind == "redis":
         return f"{request.getfixturevalue('redis').url}?prefix={tmp_path.name}"
     return f"{cluster_url(request.getfixturevalue('cluster'))}?prefix={tmp_path.name}"
 
@@ -198,7 +200,9 @@ def updated(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Updated:
 # --- the line
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("url", "workers"), [("file", 1), ("file", 2), ("redis", 1), ("redis", 2), ("cluster", 2)], indirect=["url"]
+)
 def test_an_update_reaches_every_answer(shop: Shop, updated: Updated, url: str, tmp_path: Path, workers: int) -> None:
     release = publish(shop.bundle, shop.items, url, tmp_path)
     with replica(url, tmp_path / "cache", "--workers", str(workers)) as (_, address):

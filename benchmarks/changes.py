@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +48,7 @@ CAUGHT_UP_WITHIN_S = 60.0
 LASTS_S = 2.0  # a rate lasts if all is visible so soon after the last append
 UPSERTS_S = 10_000.0  # bar
 VISIBLE_MS = 1_000.0  # bar, of the 99th percentile at that rate
+Row = Mapping[str, Any]
 COLUMNS = ("rate", "appended/s", "visible p50, ms", "p99, ms", "last, ms", "lasts", "rank p50, ms", "p99, ms", "lost")
 
 
@@ -245,7 +246,7 @@ def delays_ms(appended: list[tuple[float, int]], seen: list[tuple[float, int]]) 
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-def bars(found: Sequence[dict[str, Any]]) -> list[Bar]:
+def bars(found: Sequence[Row]) -> list[Bar]:
     most = max((row["rate"] for row in found if row["lasts"] and not row["lost"]), default=0)
     at = next((row["visible_p99_ms"] for row in found if row["rate"] == UPSERTS_S), None)
     return [
@@ -254,7 +255,7 @@ def bars(found: Sequence[dict[str, Any]]) -> list[Bar]:
     ]
 
 
-def cells(found: Sequence[dict[str, Any]]) -> list[list[Any]]:
+def cells(found: Sequence[Row]) -> list[list[Any]]:
     return [[*row.values()] for row in found]
 
 

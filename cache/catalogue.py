@@ -34,20 +34,46 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
-        """Ids (b,) and encoded features (b, item width). Raises DataError naming file, column, row and remedy."""
+    def ids_from(self, start: int, count: int) -> NDArray[Any]:
+        """Ids (count,) of rows from `start` on."""
+        return as_objects(self.ids.slice(start, count))
+
+    def first_row(self, groups: range | None = None) -> int:
+        """Number of the first row of these row groups."""
+        if groups is None:
+            return 0
+        with pq.ParquetFile(self.path) as file:
+            return _rows_before(file, groups)
+
+    def blocks(self, groups: range | None = None) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
+        """Ids (b,) and encoded features (b, item width), of all row groups or some that follow each other.
+
+        Raises DataError naming file, column, row and remedy.
+        """
         fields = self.spec.item_fields
         columns_of = {field.name: column_of(field.name, self.spec, self.id_column) for field in fields}
         names = list(dict.fromkeys(columns_of.values()))
         with pq.ParquetFile(self.path) as file:
-            start = 0
-            for batch in _resized(file, names):
+            groups = range(file.num_row_groups) if groups is None else groups
+            start = _rows_before(file, groups)
+            for batch in _resized(file, names, groups):
                 named = pa.table({name: batch[column] for name, column in columns_of.items()})
                 block = _Block(self.path, named, start)
                 columns: dict[str, Column] = {field.name: read_field(block, field) for field in fields}
-                ids = as_objects(self.ids.slice(start, len(block)))
-                yield ids, self._encode(columns, len(block))
+                yield self.ids_from(start, len(block)), self._encode(columns, len(block))
                 start += len(block)
+
+    def parts(self, least_rows: int) -> list[range]:
+        """The file's row groups in runs of at least so many rows (the last may have less), to be read apart."""
+        with pq.ParquetFile(self.path) as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        parts, first, rows = [], 0, 0
+        for group, size in enumerate(sizes):
+            rows += size
+            if rows >= least_rows:
+                parts.append(range(first, group + 1))
+                first, rows = group + 1, 0
+        return [*parts, range(first, len(sizes))] if rows else parts
 
     def sample(self, count: int, seed: int) -> NDArray[np.int32]:
         """Encoded features (m, item width) of about `count` random items, from at most 16 row groups."""
@@ -107,11 +133,15 @@ def column_of(field: str, spec: FeatureSpec, id_column: str) -> str:
     return id_column if field == spec.item_id_name else field
 
 
-def _resized(file: pq.ParquetFile, names: list[str]) -> Iterator[pa.Table]:
+def _rows_before(file: pq.ParquetFile, groups: range) -> int:
+    return sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
+
+
+def _resized(file: pq.ParquetFile, names: list[str], groups: range) -> Iterator[pa.Table]:
     """Tables of BLOCK_ROWS rows (the last one less), however the file is cut into row groups."""
     waiting: list[pa.RecordBatch] = []
     rows = 0
-    for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=names):
+    for batch in file.iter_batches(batch_size=BLOCK_ROWS, row_groups=list(groups), columns=names):
         waiting.append(batch)
         rows += batch.num_rows
         if rows >= BLOCK_ROWS:

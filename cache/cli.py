@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,7 @@ from cache.store import ReleaseInfo, ReleaseStore, open_store
 from kernel.head import HeadSpec
 
 if TYPE_CHECKING:
-    from cache.embed import Counts
+    from cache.embed import Counts, Engine
 
 DEFAULT_STORE = "file://./var/releases"
 BYTES_STAGES = ("publish", "verify")
@@ -60,6 +61,27 @@ StoreUrl = Annotated[
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Bundle folder, as `ranktower export` writes it.")]
 WorkFolder = Annotated[Path, typer.Option("--work", help="Folder to build in.")]
 CacheDir = Annotated[Path, typer.Option("--cache", help="Where releases from a remote store are kept locally.")]
+RecordType = Annotated[
+    DtypeChoice,
+    typer.Option(
+        help="Of the records; auto takes the smallest that keeps 99 % of the top 100. A head.onnx reads no int8."
+    ),
+]
+IdColumn = Annotated[str | None, typer.Option(help="Column of the item ids, if not that of the log.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads, or actors, that run the item tower; as many as processors.")
+]
+RayAddress = Annotated[str | None, typer.Option(help="host:port of the Ray cluster that this node is part of.")]
+
+
+class EngineKind(StrEnum):
+    """Where the item tower runs."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+EngineChoice = Annotated[EngineKind, typer.Option(help="Who runs the item tower (docs/operations.md).")]
 
 
 @app.command()
@@ -68,19 +90,20 @@ def publish(
     items: Annotated[Path, typer.Option(help="Parquet file with the id and the features of every item.")],
     store: StoreUrl = DEFAULT_STORE,
     index: Annotated[IndexKind, typer.Option(help="Index for requests without candidates.")] = IndexKind.NONE,
-    dtype: Annotated[
-        DtypeChoice,
-        typer.Option(
-            help="Of the records; auto takes the smallest that keeps 99 % of the top 100. A head.onnx reads no int8."
-        ),
-    ] = DtypeChoice.AUTO,
+    dtype: RecordType = DtypeChoice.AUTO,
     log: Annotated[Path | None, typer.Option("--users", help="Log folder whose users to publish, too.")] = None,
     activate: Annotated[bool, typer.Option(help="Make the release the current one.")] = True,
     incremental: Annotated[bool, typer.Option(help="Embed only what changed since the current release.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would change, and change nothing.")] = False,
-    id_column: Annotated[str | None, typer.Option(help="Column of the item ids, if not that of the log.")] = None,
+    id_column: IdColumn = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that run the item tower; as many as processors.")
+        int | None, typer.Option(min=1, help="Threads, or actors, that run the item tower; as many as processors.")
+    ] = None,
+    engine: Annotated[
+        EngineKind, typer.Option(help="Who runs the item tower (docs/operations.md).")
+    ] = EngineKind.LOCAL,
+    ray_address: Annotated[
+        str | None, typer.Option(help="host:port of the Ray cluster that this node is part of.")
     ] = None,
     work: WorkFolder = Path("var/build"),
     cache: CacheDir = Path("var/cache"),
@@ -88,7 +111,7 @@ def publish(
     """Embed the catalogue with a bundle and publish both as one release."""
     from cache.embed import build_release, plan_release
 
-    target = open_store(store)
+    target, embedding = open_store(store), _engine(engine, workers, ray_address)
     before = _current(target)
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
@@ -111,7 +134,7 @@ def publish(
                 users=table or _published_users(target, bundle, cache),
                 previous=previous,
                 id_column=id_column,
-                workers=workers,
+                engine=embedding,
                 progress=report,
             )
             sent = _send(target, built, report)
@@ -275,6 +298,18 @@ class Sent:
 
             console.print(Precision.from_json(precision).tell())
         _warn_if_shrunk(release.count, made.get("removed", 0), before)
+
+
+def _engine(kind: EngineKind, workers: int | None, ray_address: str | None) -> Engine:
+    from cache.embed import on_threads
+
+    if kind is EngineKind.LOCAL:
+        return on_threads(workers)
+    try:
+        from cache.on_ray import on_ray
+    except ImportError as error:
+        raise StoreError(f"--engine ray needs Ray ({error}): pip install 'ranktower[ray]'") from error
+    return on_ray(ray_address, workers)
 
 
 def _current(store: ReleaseStore) -> ReleaseInfo | None:

@@ -82,6 +82,12 @@ def same(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in (ITEMS, INPUTS))
 
 
+def actors_on(node: Any) -> int:
+    """Embedders that live on a node."""
+    known = ray._private.state.actors(actor_state_name="ALIVE").values()
+    return sum("Embedder" in actor["ActorClassName"] and actor["Address"]["NodeID"] == node.node_id for actor in known)
+
+
 @dataclass
 class Killer:
     """Kills a node once half of the items are embedded."""
@@ -89,10 +95,12 @@ class Killer:
     cluster: Cluster
     node: Any
     dones: list[int] = field(default_factory=list)
+    actors: int = 0  # that died with it
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage == "embed":
             if 2 * done >= total and self.node in self.cluster.worker_nodes:
+                self.actors = actors_on(self.node)
                 self.cluster.remove_node(self.node, allow_graceful=False)
             self.dones.append(done)
 
@@ -105,6 +113,7 @@ def test_a_node_that_dies_half_way_changes_no_bit(
     killer = Killer(cluster, nodes[0])
     found = build_release(shop.bundle, items, tmp_path / "ray", engine=on_ray(), progress=killer)
     assert nodes[0] not in cluster.worker_nodes
+    assert killer.actors > 0
     assert killer.dones == list(range(PART_ROWS, ITEMS_COUNT + 1, PART_ROWS))
     assert same(found, local)
     assert read_release(found).report["embedded"] == ITEMS_COUNT

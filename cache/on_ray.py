@@ -11,6 +11,7 @@ chooses its loops by them.
 from __future__ import annotations
 
 import logging
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from model.errors import RankTowerError
 from model.tower import Tower
 
 READ_ROWS = 1 << 20  # items that one task reads at least: what is read again when its blocks are lost
+CONNECT_S = 5
 READERS = 2  # tasks that read at a time, beside this process
 ACTOR_CPUS = 0.5  # of the processor that an actor fills: actors of a dead node find room while half of the others live
 
@@ -157,8 +159,8 @@ def from_table(table: pa.Table, values: type[Any]) -> Block:
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """Be a driver of the cluster; the one that this process has joined already stays joined."""
-    if address and "://" in address:
-        raise StoreError(f"{address}: give host:port, and run this on a node of the cluster, which reads the items")
+    if address and address != "auto":
+        _check_reachable(address)
     if ray.is_initialized():
         yield
         return
@@ -167,8 +169,19 @@ def connected(address: str | None) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **alone)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StoreError(f"no Ray cluster answers at {address}: {error}") from error
+        raise StoreError(f"Ray cannot start or be joined at {address} ({error}): see its logs") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal():
+        raise StoreError(f"{address}: give host:port, and run this on a node of the cluster, which reads the items")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise StoreError(f"no Ray cluster answers at {address} ({error}): check the address") from error

@@ -148,9 +148,18 @@ def test_the_command_publishes_by_ray(
     assert f"{ITEMS_COUNT:,} embedded" in told
 
 
-def test_an_address_of_a_client_is_refused(shop: Shop, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="run this on a node of the cluster"):
-        build_release(shop.bundle, shop.items, tmp_path / "ray", engine=on_ray("ray://somewhere:10001"))
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("ray://somewhere:10001", "run this on a node of the cluster"),
+        ("somewhere", "give host:port"),
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1 "),
+    ],
+)
+def test_an_address_that_cannot_do_is_refused_at_once(shop: Shop, tmp_path: Path, address: str, problem: str) -> None:
+    with pytest.raises(StoreError, match=problem):
+        build_release(shop.bundle, shop.items, tmp_path / "ray", engine=on_ray(address))
+    assert not (tmp_path / "ray").exists()
 
 
 def test_parts_cover_the_row_groups_once(shop: Shop, tmp_path: Path) -> None:

@@ -23,21 +23,24 @@ from urllib.parse import unquote
 
 from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
 from cache.errors import StoreError, UnknownRelease, disk_error
+from cache.parallel import in_order
 from cache.release import (
     NAME,
     RELEASE,
     USER_TABLE,
     Artifact,
+    Chunk,
     Progress,
     UserTable,
     check_chunk,
     check_sizes,
     no_progress,
-    read_chunks,
+    read_chunk,
     read_release,
     read_users,
     seal_users,
     verify_files,
+    write_chunk,
 )
 from cache.store import HISTORY, POLL_S, Names, ReleaseInfo, ReleaseInfos
 
@@ -303,14 +306,16 @@ def _is_whole(folder: Path, artifact: Artifact) -> bool:
 
 def _copy(source: Path, target: Path, artifact: Artifact, progress: Progress) -> None:
     """Copy the files that the manifest names, checking every chunk on the way."""
-    done = 0
+    done, chunks = 0, list(artifact.chunks())
     check_sizes(source, artifact)
     for file in artifact.files:
         (target / file.path).parent.mkdir(parents=True, exist_ok=True)
         (target / file.path).touch()
-    for chunk, content in read_chunks(source, artifact.chunks()):
-        check_chunk(artifact, chunk, content, str(source))
-        with (target / chunk.path).open("ab") as stream:
-            stream.write(content)
+
+    def copy(chunk: Chunk) -> None:
+        content = check_chunk(artifact, chunk, read_chunk(source, chunk), str(source))
+        write_chunk(target, chunk, content)
+
+    for chunk, _ in zip(chunks, in_order(copy, chunks), strict=True):
         done += chunk.size
         progress("publish", done, artifact.size_bytes)

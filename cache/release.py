@@ -211,9 +211,11 @@ def _seal(folder: Path, manifest: str, body: Mapping[str, Any], now: Clock) -> b
 
 
 def _hashes(path: Path, chunk_bytes: int) -> dict[str, Any]:
+    size = path.stat().st_size
     with path.open("rb") as stream:
-        chunks = [sha256(part) for part in iter(lambda: stream.read(chunk_bytes), b"")]
-    return {"size": path.stat().st_size, "chunks": chunks}
+        handle = stream.fileno()
+        chunks = in_order(lambda at: sha256(os.pread(handle, chunk_bytes, at)), range(0, size, chunk_bytes))
+        return {"size": size, "chunks": list(chunks)}
 
 
 def sha256(content: bytes) -> str:

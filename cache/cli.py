@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,7 +45,7 @@ DEFAULT_STORE = "file://./var/releases"
 BYTES_STAGES = ("publish", "verify")
 CANDIDATES_PER_HEAD = [50, 100, 200, 500, 1000, 2000]
 RECALL_AT, RECALL_WANTED = 100, 0.95
-LOCK = ".lock"
+LOCK, ORDER = ".lock", "order.json"
 NOT_CURRENT = "not current: see `ranktower releases activate`"
 
 app = typer.Typer(help="Publish and look after releases.", no_args_is_help=True)
@@ -100,20 +101,25 @@ def publish(
             _print_plan(plan, before, compared=previous is not None)
             return
         target.check_writable()
-        with building_in(work) as folder:
+        order = _order(bundle, items, [index, dtype, id_column, str(log), previous and before and before.id])
+        with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
-            built = build_release(
-                bundle,
-                items,
-                folder / "release",
-                index=index,
-                dtype=dtype,
-                users=table or _published_users(target, bundle, cache),
-                previous=previous,
-                id_column=id_column,
-                workers=workers,
-                progress=report,
-            )
+            built = folder / "release"
+            if built.is_dir():
+                console.print(f"taking release {read_release(built).id}, which a publisher had built that was killed")
+            else:
+                build_release(
+                    bundle,
+                    items,
+                    built,
+                    index=index,
+                    dtype=dtype,
+                    users=table or _published_users(target, bundle, cache),
+                    previous=previous,
+                    id_column=id_column,
+                    workers=workers,
+                    progress=report,
+                )
             sent = _send(target, built, report)
             version = target.publish_users(table, for_users(report)) if table else None
             if activate:
@@ -305,6 +311,13 @@ def _warn_if_shrunk(count: int, removed: int, before: ReleaseInfo | None) -> Non
         )
 
 
+def _order(bundle: Path, items: Path, options: Sequence[object]) -> str:
+    """What is to be built, in a line: the same from the same content and options; nothing where no items are."""
+    from model.bundle import hash_file, open_bundle
+
+    return json.dumps([open_bundle(bundle).id, hash_file(items), *options]) if items.is_file() else ""
+
+
 def _send(store: ReleaseStore, folder: Path, report: Report) -> Sent:
     started = time.perf_counter()
     store.publish(folder, report)
@@ -405,17 +418,18 @@ def check_recall(release_id: str, head: HeadSpec, recall: float, per_head: int) 
 
 
 @contextmanager
-def building_in(work: Path) -> Iterator[Path]:
+def building_in(work: Path, order: str = "") -> Iterator[Path]:
     """A folder to build in; it goes when all is well, and stays when a built release could not be stored.
 
-    Its lock is free once its publisher is dead: the next one deletes what was left. A folder that stays has no lock.
+    Its lock is free once its publisher is dead: the next one goes on with what was built to the same order, and
+    deletes what else was left. A folder that stays has no lock.
     """
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         with locked(work / LOCK):  # else another could take the folder's lock between its making and its locking
-            _sweep_builds(work)
-            folder = Path(tempfile.mkdtemp(prefix="release-", dir=work))
+            folder = _sweep_builds(work, order) or Path(tempfile.mkdtemp(prefix="release-", dir=work))
             held.enter_context(locked(folder / LOCK))
+            (folder / ORDER).write_text(order)
         try:
             yield folder
         except BaseException:
@@ -430,13 +444,23 @@ def building_in(work: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _sweep_builds(work: Path) -> None:
-    """Delete what killed publishers were building."""
+def _sweep_builds(work: Path, order: str) -> Path | None:
+    """Delete what killed publishers were building, but for one that had built a whole release to this order."""
+    found = None
     for lock in sorted(work.glob(f"release-*/{LOCK}")):
         with locked_now(lock) as dead:
-            if dead:
+            if dead and order and found is None and _is_built(lock.parent, order):
+                found = lock.parent
+            elif dead:
                 shutil.rmtree(lock.parent)
                 console.print(f"deleted {lock.parent}, which a publisher left that was killed")
+    return found
+
+
+def _is_built(folder: Path, order: str) -> bool:
+    """A release appears in its folder when it is whole; that its bytes are right is checked when it is stored."""
+    written = folder / ORDER
+    return (folder / "release").is_dir() and written.is_file() and written.read_text() == order
 
 
 def for_users(report: Report) -> Report:

@@ -26,6 +26,7 @@ from cache.release import (
     Progress,
     check_chunk,
     check_sizes,
+    prepare_files,
     read_chunk,
     sha256,
     verify_files,
@@ -101,7 +102,7 @@ class Chunks:
                 return
             shutil.rmtree(target, ignore_errors=True)
             draft = target.with_name(f".{target.name}.partial")
-            wanted = _prepare(draft, artifact)
+            wanted = prepare_files(draft, artifact)
             for _ in self._received(partial(self._bring, base, artifact, draft), artifact, wanted, progress):
                 pass
             (draft / raw[0]).write_bytes(raw[1])
@@ -200,18 +201,3 @@ def _is_whole(folder: Path, artifact: Artifact) -> bool:
         log.warning("%s: fetching it again", error)
         return False
     return True
-
-
-def _prepare(draft: Path, artifact: Artifact) -> list[Chunk]:
-    """Make files of full size, holes where nothing was fetched yet; returns the chunks that are still wanted."""
-    fresh = not draft.exists()
-    for file in artifact.files:
-        path = draft / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as stream:
-            stream.truncate(file.size)
-    if fresh:
-        return list(artifact.chunks())
-    chunks = list(artifact.chunks())
-    whole = in_order(lambda chunk: sha256(read_chunk(draft, chunk)) == chunk.sha256, chunks)
-    return [chunk for chunk, found in zip(chunks, whole, strict=True) if not found]

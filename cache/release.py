@@ -323,6 +323,21 @@ def read_chunk(folder: Path, chunk: Chunk) -> bytes:
         return os.pread(stream.fileno(), chunk.size, chunk.offset)
 
 
+def prepare_files(draft: Path, artifact: Artifact) -> list[Chunk]:
+    """Make files of full size, holes where nothing was written yet; returns the chunks that are still wanted."""
+    fresh = not draft.is_dir() or not any(draft.iterdir())
+    for file in artifact.files:
+        path = draft / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as stream:
+            stream.truncate(file.size)
+    chunks = list(artifact.chunks())
+    if fresh:
+        return chunks
+    whole = in_order(lambda chunk: sha256(read_chunk(draft, chunk)) == chunk.sha256, chunks)
+    return [chunk for chunk, found in zip(chunks, whole, strict=True) if not found]
+
+
 def write_chunk(folder: Path, chunk: Chunk, content: bytes) -> None:
     """Put it in its place in a file that is there; chunks of one file may be written side by side."""
     with (folder / chunk.path).open("r+b") as stream:

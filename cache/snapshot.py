@@ -455,8 +455,8 @@ class SnapshotWriter:
 
     def _not_finite(self, ids: Ids, row: int, start: int) -> SnapshotError:
         return SnapshotError(
-            f"the record of {self.kind[:-1]} {ids[row]!r} (row {self.count + start + row}) holds NaN or infinity, or more "
-            f"than {self.record_dtype} can: check that item's features, or train and export again"
+            f"the record of {self.kind[:-1]} {ids[row]!r} (row {self.count + start + row}) holds NaN or infinity, or "
+            f"more than {self.record_dtype} can: check that item's features, or train and export again"
         )
 
     # --- ids and keys

@@ -439,21 +439,34 @@ def building_in(work: Path, order: str = "") -> Iterator[Path]:
                     f"the built release stays in {folder / 'release'}: store it with `ranktower releases push`"
                 )
             else:
-                shutil.rmtree(folder)
+                _delete_build(work, folder)
             raise
+        _delete_build(work, folder)
+
+
+def _delete_build(work: Path, folder: Path) -> None:
+    """In an order in which nobody takes a part for a whole: what was ordered, the release, the lock."""
+    (folder / ORDER).unlink(missing_ok=True)
+    if (folder / "release").is_dir():
+        shutil.rmtree(folder / "release")
+    with locked(work / LOCK):
         shutil.rmtree(folder)
 
 
 def _sweep_builds(work: Path, order: str) -> Path | None:
     """Delete what killed publishers were building, but for one that had built a whole release to this order."""
     found = None
-    for lock in sorted(work.glob(f"release-*/{LOCK}")):
-        with locked_now(lock) as dead:
-            if dead and order and found is None and _is_built(lock.parent, order):
-                found = lock.parent
+    for folder in sorted(path for path in work.glob("release-*") if path.is_dir()):
+        if not (folder / LOCK).exists():  # a publisher died before it had one, or behind it; or the folder stays
+            if {path.name for path in folder.iterdir()} <= {ORDER, USER_TABLE}:
+                shutil.rmtree(folder)
+            continue
+        with locked_now(folder / LOCK) as dead:
+            if dead and order and found is None and _is_built(folder, order):
+                found = folder
             elif dead:
-                shutil.rmtree(lock.parent)
-                console.print(f"deleted {lock.parent}, which a publisher left that was killed")
+                shutil.rmtree(folder)
+                console.print(f"deleted {folder}, which a publisher left that was killed")
     return found
 
 

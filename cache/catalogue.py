@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from model.datasets.columns import Source, as_objects, open_source, read_unique_ids
+from cache.parallel import in_order
+from model.datasets.columns import Source, as_objects, open_source, read_ids, read_unique_ids
 from model.datasets.events import read_field
 from model.datasets.schema import nearest
 from model.errors import DataError, FeatureError
@@ -53,15 +54,16 @@ class Catalogue:
         fields = self.spec.item_fields
         columns_of = {field.name: column_of(field.name, self.spec, self.id_column) for field in fields}
         names = list(dict.fromkeys(columns_of.values()))
+
+        def encoded(part: tuple[int, pa.Table]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+            start, batch = part
+            block = _Block(self.path, pa.table({name: batch[column] for name, column in columns_of.items()}), start)
+            columns: dict[str, Column] = {field.name: read_field(block, field) for field in fields}
+            return self.ids_from(start, len(block)), self._encode(columns, len(block))
+
         with pq.ParquetFile(self.path) as file:
-            groups = range(file.num_row_groups) if groups is None else groups
-            start = _rows_before(file, groups)
-            for batch in _resized(file, names, groups):
-                named = pa.table({name: batch[column] for name, column in columns_of.items()})
-                block = _Block(self.path, named, start)
-                columns: dict[str, Column] = {field.name: read_field(block, field) for field in fields}
-                yield self.ids_from(start, len(block)), self._encode(columns, len(block))
-                start += len(block)
+            batches = _resized(file, names, range(file.num_row_groups) if groups is None else groups)
+            yield from in_order(encoded, batches, threads=1)  # beside whoever works on the block before
 
     def parts(self, least_rows: int) -> list[range]:
         """The file's row groups in runs of at least so many rows (the last may have less), to be read apart."""
@@ -112,7 +114,7 @@ class _Block(Source):
 def open_catalogue(path: Path, spec: FeatureSpec, id_column: str | None = None) -> Catalogue:
     """Check columns and ids of an items file. Raises DataError naming file, column, row and remedy."""
     name = id_column or spec.item_id_name
-    ids = read_unique_ids(open_source(path, [name], wanted_by="--id-column" if id_column else "the bundle"), name)
+    ids = _distinct_ids(open_source(path, [name], wanted_by="--id-column" if id_column else "the bundle"), name)
     found = "int" if pa.types.is_integer(ids.type) else "string"
     if found != spec.item_id_type:
         raise DataError(
@@ -128,6 +130,16 @@ def open_catalogue(path: Path, spec: FeatureSpec, id_column: str | None = None) 
     return Catalogue(path, spec, ids, name)
 
 
+def _distinct_ids(source: Source, name: str) -> pa.Array:
+    """Integers are sorted, a tenth of the time of counting them; what is wrong is named by who counts."""
+    ids = read_ids(source, name)
+    if len(ids) and pa.types.is_integer(ids.type):
+        ranked = np.sort(as_objects(ids))
+        if not (ranked[1:] == ranked[:-1]).any():
+            return ids
+    return read_unique_ids(source, name)
+
+
 def column_of(field: str, spec: FeatureSpec, id_column: str) -> str:
     """Name of the column that holds an item field's values."""
     return id_column if field == spec.item_id_name else field
@@ -137,17 +149,18 @@ def _rows_before(file: pq.ParquetFile, groups: range) -> int:
     return sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
 
 
-def _resized(file: pq.ParquetFile, names: list[str], groups: range) -> Iterator[pa.Table]:
-    """Tables of BLOCK_ROWS rows (the last one less), however the file is cut into row groups."""
+def _resized(file: pq.ParquetFile, names: list[str], groups: range) -> Iterator[tuple[int, pa.Table]]:
+    """Tables of BLOCK_ROWS rows (the last one less) and where each begins, however the file is cut into row groups."""
     waiting: list[pa.RecordBatch] = []
-    rows = 0
+    rows, start = 0, _rows_before(file, groups)
     for batch in file.iter_batches(batch_size=BLOCK_ROWS, row_groups=list(groups), columns=names):
         waiting.append(batch)
         rows += batch.num_rows
         if rows >= BLOCK_ROWS:
             whole = pa.Table.from_batches(waiting)
-            yield whole.slice(0, BLOCK_ROWS)
+            yield start, whole.slice(0, BLOCK_ROWS)
             waiting = whole.slice(BLOCK_ROWS).to_batches()
             rows -= BLOCK_ROWS
+            start += BLOCK_ROWS
     if rows:
-        yield pa.Table.from_batches(waiting)
+        yield start, pa.Table.from_batches(waiting)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,7 +46,7 @@ DEFAULT_STORE = "file://./var/releases"
 BYTES_STAGES = ("publish", "verify")
 CANDIDATES_PER_HEAD = [50, 100, 200, 500, 1000, 2000]
 RECALL_AT, RECALL_WANTED = 100, 0.95
-LOCK = ".lock"
+LOCK, ORDER = ".lock", "order.json"
 NOT_CURRENT = "not current: see `ranktower releases activate`"
 
 app = typer.Typer(help="Publish and look after releases.", no_args_is_help=True)
@@ -96,15 +97,9 @@ def publish(
     incremental: Annotated[bool, typer.Option(help="Embed only what changed since the current release.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would change, and change nothing.")] = False,
     id_column: IdColumn = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads, or actors, that run the item tower; as many as processors.")
-    ] = None,
-    engine: Annotated[
-        EngineKind, typer.Option(help="Who runs the item tower (docs/operations.md).")
-    ] = EngineKind.LOCAL,
-    ray_address: Annotated[
-        str | None, typer.Option(help="host:port of the Ray cluster that this node is part of.")
-    ] = None,
+    workers: Workers = None,
+    engine: EngineChoice = EngineKind.LOCAL,
+    ray_address: RayAddress = None,
     work: WorkFolder = Path("var/build"),
     cache: CacheDir = Path("var/cache"),
 ) -> None:
@@ -123,20 +118,25 @@ def publish(
             _print_plan(plan, before, compared=previous is not None)
             return
         target.check_writable()
-        with building_in(work) as folder:
+        order = _order(bundle, items, [index, dtype, id_column, str(log), previous and before and before.id])
+        with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
-            built = build_release(
-                bundle,
-                items,
-                folder / "release",
-                index=index,
-                dtype=dtype,
-                users=table or _published_users(target, bundle, cache),
-                previous=previous,
-                id_column=id_column,
-                engine=embedding,
-                progress=report,
-            )
+            built = folder / "release"
+            if built.is_dir():
+                console.print(f"taking release {read_release(built).id}, which a publisher had built that was killed")
+            else:
+                build_release(
+                    bundle,
+                    items,
+                    built,
+                    index=index,
+                    dtype=dtype,
+                    users=table or _published_users(target, bundle, cache),
+                    previous=previous,
+                    id_column=id_column,
+                    engine=embedding,
+                    progress=report,
+                )
             sent = _send(target, built, report)
             version = target.publish_users(table, for_users(report)) if table else None
             if activate:
@@ -340,6 +340,13 @@ def _warn_if_shrunk(count: int, removed: int, before: ReleaseInfo | None) -> Non
         )
 
 
+def _order(bundle: Path, items: Path, options: Sequence[object]) -> str:
+    """What is to be built, in a line: the same from the same content and options; nothing where no items are."""
+    from model.bundle import hash_file, open_bundle
+
+    return json.dumps([open_bundle(bundle).id, hash_file(items), *options]) if items.is_file() else ""
+
+
 def _send(store: ReleaseStore, folder: Path, report: Report) -> Sent:
     started = time.perf_counter()
     store.publish(folder, report)
@@ -440,17 +447,18 @@ def check_recall(release_id: str, head: HeadSpec, recall: float, per_head: int) 
 
 
 @contextmanager
-def building_in(work: Path) -> Iterator[Path]:
+def building_in(work: Path, order: str = "") -> Iterator[Path]:
     """A folder to build in; it goes when all is well, and stays when a built release could not be stored.
 
-    Its lock is free once its publisher is dead: the next one deletes what was left. A folder that stays has no lock.
+    Its lock is free once its publisher is dead: the next one goes on with what was built to the same order, and
+    deletes what else was left. A folder that stays has no lock.
     """
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         with locked(work / LOCK):  # else another could take the folder's lock between its making and its locking
-            _sweep_builds(work)
-            folder = Path(tempfile.mkdtemp(prefix="release-", dir=work))
+            folder = _sweep_builds(work, order) or Path(tempfile.mkdtemp(prefix="release-", dir=work))
             held.enter_context(locked(folder / LOCK))
+            (folder / ORDER).write_text(order)
         try:
             yield folder
         except BaseException:
@@ -460,18 +468,41 @@ def building_in(work: Path) -> Iterator[Path]:
                     f"the built release stays in {folder / 'release'}: store it with `ranktower releases push`"
                 )
             else:
-                shutil.rmtree(folder)
+                _delete_build(work, folder)
             raise
+        _delete_build(work, folder)
+
+
+def _delete_build(work: Path, folder: Path) -> None:
+    """In an order in which nobody takes a part for a whole: what was ordered, the release, the lock."""
+    (folder / ORDER).unlink(missing_ok=True)
+    if (folder / "release").is_dir():
+        shutil.rmtree(folder / "release")
+    with locked(work / LOCK):
         shutil.rmtree(folder)
 
 
-def _sweep_builds(work: Path) -> None:
-    """Delete what killed publishers were building."""
-    for lock in sorted(work.glob(f"release-*/{LOCK}")):
-        with locked_now(lock) as dead:
-            if dead:
-                shutil.rmtree(lock.parent)
-                console.print(f"deleted {lock.parent}, which a publisher left that was killed")
+def _sweep_builds(work: Path, order: str) -> Path | None:
+    """Delete what killed publishers were building, but for one that had built a whole release to this order."""
+    found = None
+    for folder in sorted(path for path in work.glob("release-*") if path.is_dir()):
+        if not (folder / LOCK).exists():  # a publisher died before it had one, or behind it; or the folder stays
+            if {path.name for path in folder.iterdir()} <= {ORDER, USER_TABLE}:
+                shutil.rmtree(folder)
+            continue
+        with locked_now(folder / LOCK) as dead:
+            if dead and order and found is None and _is_built(folder, order):
+                found = folder
+            elif dead:
+                shutil.rmtree(folder)
+                console.print(f"deleted {folder}, which a publisher left that was killed")
+    return found
+
+
+def _is_built(folder: Path, order: str) -> bool:
+    """A release appears in its folder when it is whole; that its bytes are right is checked when it is stored."""
+    written = folder / ORDER
+    return (folder / "release").is_dir() and written.is_file() and written.read_text() == order
 
 
 def for_users(report: Report) -> Report:

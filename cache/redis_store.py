@@ -25,7 +25,7 @@ from typing import Any
 from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
 
 from cache.errors import StoreError, UnknownRelease, disk_error
-from cache.redis_chunks import Chunks, Manifest
+from cache.redis_chunks import STREAMS, Chunks, Manifest
 from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
 from cache.release import (
     RELEASE,
@@ -109,7 +109,9 @@ class RedisStore:
 
     @cached_property
     def _chunks(self) -> Chunks:
-        return Chunks(self._client, self._address.prefix, self.url, self._lease_s)
+        most = self._address.options.get("max_connections", STREAMS + 1)  # notices keep one for themselves
+        streams = max(1, min(STREAMS, most - 1))
+        return Chunks(self._client, self._address.prefix, self.url, self._lease_s, streams)
 
     # --- releases
 

@@ -122,9 +122,7 @@ def publish(
         with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
             built = folder / "release"
-            if built.is_dir():
-                console.print(f"taking release {read_release(built).id}, which a publisher had built that was killed")
-            else:
+            if not _was_built(built):
                 build_release(
                     bundle,
                     items,
@@ -345,6 +343,13 @@ def _order(bundle: Path, items: Path, options: Sequence[object]) -> str:
     from model.bundle import hash_file, open_bundle
 
     return json.dumps([open_bundle(bundle).id, hash_file(items), *options]) if items.is_file() else ""
+
+
+def _was_built(built: Path) -> bool:
+    """Whether `building_in` has found a release that a publisher left."""
+    if built.is_dir():
+        console.print(f"taking release {read_release(built).id}, which a publisher had built that was killed")
+    return built.is_dir()
 
 
 def _send(store: ReleaseStore, folder: Path, report: Report) -> Sent:

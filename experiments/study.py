@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -47,6 +47,8 @@ from model.train import Material, Recipe, prepare
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "result.json"
 SETS = {"full": False, "random": True}  # list sets: random negatives only?
+TRAINS = ("differentiate.h", "level.h", "training.cpp", "training.h")
+OTHERS = (ROOT / "experiments" / "views.py", ROOT / "kernel" / "training.py")  # decide results and lie elsewhere
 # Files of model/ that decide no result: adapters (the log's content is in the path), what serves, what prints.
 NO_PART = (
     "cli.py",
@@ -253,14 +255,18 @@ def log_digest(folder: Path) -> str:
     return content.hexdigest()[:12]
 
 
-def code_version(folder: Path = ROOT / "model", native: Path = ROOT / "kernel" / "cpp") -> str:
+def code_version(
+    folder: Path = ROOT / "model", native: Path = ROOT / "kernel" / "cpp", others: Sequence[Path] = OTHERS
+) -> str:
     """12 hex digits of the code that decides results: of its syntax without docstrings and what errors say.
 
     Of native code, only what trains; it counts as it stands.
     """
     content = hashlib.sha256()
-    for path in (native / "differentiate.h", native / "training.cpp"):
-        content.update(path.read_bytes())
+    for name in TRAINS:
+        content.update((native / name).read_bytes())
+    for path in others:
+        content.update(ast.dump(wordless(ast.parse(path.read_text(encoding="utf-8")))).encode())
     spared = {*NO_PART, *(f"datasets/{name}.py" for name in NO_PART_ADAPTERS)}
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()

@@ -119,9 +119,9 @@ class Place:
     local: Path
     admin: str = ""  # URL of a user who may do all, where that of the store may not
 
-    def open(self) -> ReleaseStore:
+    def open(self, lease_s: float = LEASE_S) -> ReleaseStore:
         """A client of its own, as another process would have."""
-        return RedisStore(self.url, lease_s=LEASE_S) if self.url.startswith("redis") else open_store(self.url)
+        return RedisStore(self.url, lease_s=lease_s) if self.url.startswith("redis") else open_store(self.url)
 
     @property
     def prefix(self) -> str:
@@ -425,7 +425,8 @@ def test_concurrent_publishers_do_not_hurt_each_other(place: Place, folders: lis
 
 def test_prune_spares_a_publisher_at_work(place: Place, folders: list[Path]) -> None:
     found: list[list[str]] = []
-    name = place.open().publish(folders[0], lambda stage, done, total: found.append(place.open().prune(1)))
+    publisher = place.open(lease_s=30.0)
+    name = publisher.publish(folders[0], lambda stage, done, total: found.append(place.open().prune(1)))
     assert found
     assert not any(found)
     assert verify_release(place.fetch(name)).id == name

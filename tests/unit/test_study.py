@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.study import RunError, Study, code_version, load_scores, places, save_scores
+from experiments.study import TRAINS, RunError, Study, code_version, load_scores, places, save_scores
 from model.metrics import ndcg, rank, recall
 
 
@@ -40,7 +40,7 @@ def test_words_decide_no_result_and_code_does(tmp_path: Path) -> None:
     native, model = tmp_path / "cpp", tmp_path / "model"
     for folder in (native, model):
         folder.mkdir()
-    for name in ("differentiate.h", "training.cpp"):
+    for name in TRAINS:
         (native / name).write_text("")
 
     def version(text: str) -> str:

@@ -35,6 +35,7 @@ from service.admission import Admission, Permit
 from service.answers import JSON, Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
 from service.at_once import ARRIVED, BATCH, RANK, STATE, AtOnce
 from service.errors import BodyTooLarge
+from service.live import Serving
 from service.media import ARROW_ROOM, check_encoding, form_of, is_loaded, spoken
 from service.openapi import TITLE, VERSION, describe, documented
 from service.ranker import Ranker
@@ -113,33 +114,34 @@ class Service:
         body = await _read(request, self.settings.max_body_bytes)
         clock = StageClock()
         async with self.admission.admit(arrived_ns) as permit:
-            ranker = self.refresher.ranker()
-            answer = await self._work(answerer, permit, ranker, body, form, clock)
+            serving = self.refresher.serving()
+            answer = await self._work(answerer, permit, serving, body, form, clock)
         self.count(answer, clock)
         headers = {"Server-Timing": clock.header(), "X-RankTower-Release": answer.release}
         return Response(answer.body, media_type=answer.media_type, headers=headers)
 
     async def _work(
-        self, answerer: Answerer, permit: Permit, ranker: Ranker, body: bytes, form: str, clock: StageClock
+        self, answerer: Answerer, permit: Permit, serving: Serving, body: bytes, form: str, clock: StageClock
     ) -> Answer:
         """On the event loop what is quick, in the pool what is not, which must be known before anything is decoded."""
 
         def begin() -> Answer:
             clock.lap("queue")  # waiting for a thread of the pool is waiting, too
-            return answerer(permit, ranker, body, self.limits, clock)
+            return answerer(permit, serving, body, self.limits, clock)
 
-        if self.is_quick(ranker, answerer, body, form):
+        if self.is_quick(serving, answerer, body, form):
             return begin()
         return await asyncio.get_running_loop().run_in_executor(self.pool, begin)
 
-    def is_quick(self, ranker: Ranker, answerer: Answerer, body: bytes, form: str) -> bool:
+    def is_quick(self, serving: Serving, answerer: Answerer, body: bytes, form: str) -> bool:
         """Whether the event loop may answer. A search may not: it takes as long as its index is large."""
         if answerer is answer_retrieve:
             return False
         rankings = min(body.count(b"{"), self.limits.max_batch) if answerer is answer_batch else 1
         budget_ns = self.settings.inline_ms * 1e6 - REQUEST_NS * rankings
-        enough = budget_ns / max(ranker.candidate_ns, 1.0)
-        return ranker.candidate_ns * _most_candidates(body, form, enough) <= budget_ns
+        candidate_ns = serving.candidate_ns
+        enough = budget_ns / max(candidate_ns, 1.0)
+        return candidate_ns * _most_candidates(body, form, enough) <= budget_ns
 
     def count(self, answer: Answer, clock: StageClock) -> None:
         """What telemetry keeps of an answer."""

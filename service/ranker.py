@@ -185,7 +185,7 @@ class Ranker:
     ) -> list[Ranking]:
         """The same for several in one call of the kernel, equal to one by one.
 
-        Errors name `requests[2].user.age`, by the places of the requests in the whole batch where they are a part of it.
+        Errors name `requests[2].user.age`; numbers: places of the requests in the batch that they are a part of.
         """
         clock = clock or StageClock()
         if not requests:

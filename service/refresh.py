@@ -18,7 +18,7 @@ from cache.errors import Awaited
 from cache.mirror import CHANGES_S
 from cache.overlay import Overlay
 from cache.retry import STORE_PAUSE_S, Retry
-from cache.rollout import NOTHING, Live, Rollout
+from cache.rollout import ALONE, NOTHING, Live, Rollout
 from cache.store import ReadableStore
 from model.errors import RankTowerError
 from service.errors import NotReady
@@ -36,7 +36,7 @@ class Standing:
     serving: Serving | None = None
     users: str | None = None  # version of the user table
     current: str | None = None  # the release that the store names
-    rollout: Rollout = Rollout()  # what it names beside that
+    rollout: Rollout = ALONE  # what it names beside that
     refused: Mapping[str, str] = field(default_factory=dict)  # releases of the rollout that are not served, and why
     swaps: int = 0  # how often a release or a user table was taken over
     reachable: bool = False  # whether the store answered when last asked

@@ -15,6 +15,7 @@ from cache import retry
 from cache.errors import Awaited, StoreError
 from cache.file_store import FileStore
 from cache.release import BUNDLE
+from cache.rollout import Live
 from service.errors import NotReady
 from service.ranker import Ranker
 from service.refresh import Refresher
@@ -41,7 +42,7 @@ class Flaky(FileStore):
         if verb in self.broken:
             raise StoreError(f"{self.url}: {verb} fails: mend the store")
 
-    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+    def wait(self, seen: Live, timeout_s: float) -> Live:
         self._may("wait")
         if self.surprises:
             raise self.surprises.pop()
@@ -235,15 +236,15 @@ def test_what_another_process_fetches_is_awaited_without_a_pause_of_its_own(stor
     second = publish(tiny_release(tmp_path / "2", seed=2), store, users=False)
     store.awaited = Awaited("on its way")
     version = store.publish_users(made.users)
-    subject._try(second)
+    subject._try(Live(current=second))
     assert (subject.ranker().release, subject.standing.users) == (first, version)
     assert subject.standing.failure is None
     store.awaited = Awaited("it cannot be had", failures=3)
     for _ in range(3):
-        subject._try(second)
+        subject._try(Live(current=second))
     assert (subject.standing.failure, subject.standing.failures, len(failures)) == ("it cannot be had", 1, 1)
     store.awaited = None
-    subject._try(second)
+    subject._try(Live(current=second))
     assert subject.ranker().release == second
     assert subject.standing.failure is None
 
@@ -281,16 +282,16 @@ def test_a_user_table_that_is_refused_is_tried_again_later(
     version, store.users_asked = store.publish_users(made.users), 0
     store.broken.add("fetch_users")
     for _ in range(3):
-        subject._try(release)  # as its thread does, each second
+        subject._try(Live(current=release))  # as its thread does, each second
     assert (store.users_asked, subject.standing.failures) == (1, 1)
     assert "fetch_users fails" in (subject.standing.failure or "")
     now_s[0] += retry.FIRST_PAUSE_S
     for _ in range(3):
-        subject._try(release)
+        subject._try(Live(current=release))
     assert (store.users_asked, subject.standing.failures) == (2, 2)
     store.broken.clear()
     now_s[0] += 2 * retry.FIRST_PAUSE_S
-    subject._try(release)
+    subject._try(Live(current=release))
     assert subject.standing.users == version
     assert subject.standing.failure is None
 
@@ -303,10 +304,10 @@ def test_another_user_table_is_tried_at_once(store: Flaky, tmp_path: Path, monke
     subject.take_over(release)
     store.publish_users(made.users)
     store.broken.add("fetch_users")
-    subject._try(release)
+    subject._try(Live(current=release))
     store.broken.clear()
     mended = store.publish_users(made.users)
-    subject._try(release)
+    subject._try(Live(current=release))
     assert subject.standing.users == mended
 
 
@@ -320,14 +321,14 @@ def test_a_refused_user_table_does_not_put_off_a_refused_release(
     subject.take_over(publish(made, store, users=False))
     second = publish(tiny_release(tmp_path / "2", seed=2), store, users=False)
     store.broken |= {"fetch", "fetch_users"}
-    subject._try(second)
+    subject._try(Live(current=second))
     store.publish_users(made.users)
     now_s[0] += 0.9 * retry.FIRST_PAUSE_S
-    subject._try(second)  # only the users are tried
+    subject._try(Live(current=second))  # only the users are tried
     assert subject.standing.failures == 2
     store.broken.clear()
     now_s[0] += 0.1 * retry.FIRST_PAUSE_S
-    subject._try(second)
+    subject._try(Live(current=second))
     assert subject.ranker().release == second
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Literal
@@ -284,9 +284,13 @@ def weights(live: Live) -> dict[str, float]:
 
 def told(live: Live) -> str:
     """A line for a person."""
-    parts = [f"{release} {100 * weight:g} %" for release, weight in weights(live).items()] or ["nothing"]
-    shadow = [f"shadow {release} {100 * share:g} %" for release, share in _shadow_of(live).items()]
-    return ", ".join([*parts, *shadow])
+    return shares_told(weights(live), _shadow_of(live))
+
+
+def shares_told(users: Mapping[str, float], requests: Mapping[str, float]) -> str:
+    """The same of the shares of users and, for a shadow, of requests by release."""
+    parts = [f"{release} {100 * weight:g} %" for release, weight in users.items()] or ["nothing"]
+    return ", ".join([*parts, *(f"shadow {release} {100 * share:g} %" for release, share in requests.items())])
 
 
 def _shadow_of(live: Live) -> dict[str, float]:

@@ -30,11 +30,11 @@ class Admin:
         self._token, self._url = settings.admin_token.encode(), settings.store
 
     def check(self, authorization: str) -> None:
-        """Raise AdminOff where there is no token, Unauthorized unless this is `Bearer` and the token."""
+        """Raise AdminOff where there is no token, Unauthorized unless this header (read as latin-1) has it."""
         if not self._token:
             raise AdminOff("the admin calls are off", remedy="start the service with RANKTOWER_ADMIN_TOKEN")
         kind, _, given = authorization.partition(" ")
-        if not hmac.compare_digest(given.strip().encode(), self._token) or kind.lower() != "bearer":
+        if not hmac.compare_digest(given.strip(" ").encode("latin-1"), self._token) or kind.lower() != "bearer":
             raise Unauthorized(
                 "the token is wrong or missing", field="Authorization", remedy="send `Authorization: Bearer <token>`"
             )

@@ -15,7 +15,7 @@ from cache.errors import Awaited, StoreError
 from cache.file_store import FileStore
 from cache.mirror import VIEW, LocalRelease, LocalUsers, Mirror, MirrorStore, View, read_view
 from cache.release import Progress, drop_cached, no_progress
-from cache.rollout import NOTHING, Live
+from cache.rollout import NOTHING, Change, Live
 from cache.store import Names
 from tests.tiny_releases import TinyRelease, publish, tiny_release, tiny_spec
 
@@ -401,3 +401,52 @@ def test_an_unexpected_error_is_logged_and_told(
     mirror.look(0.0)
     assert mirror.view.failure == "division by zero"
     assert "ZeroDivisionError" in caplog.text
+
+
+# --- canaries and shadow
+
+
+def test_what_is_live_beside_the_current_release_is_here_and_goes_when_it_ends(
+    store: Copying, mirror: Mirror, folder: Path, tmp_path: Path
+) -> None:
+    a, b, c = (publish(made(tmp_path, seed), store, activate=seed == 0) for seed in range(3))
+    mirror.look(0.0)
+    store.change(Change(verb="canary", release=b, share=0.1))
+    store.change(Change(verb="shadow", release=c, share=0.5))
+    mirror.look(0.0)
+    subject = reader(folder)
+    assert subject.wait(NOTHING, 0.0) == store.live()
+    assert [*mirror.view.releases] == [a, b, c]
+    assert subject.fetch(c, tmp_path) == tmp_path / "cache" / c
+    store.change(Change(verb="promote"))
+    mirror.look(0.0)
+    assert [*mirror.view.releases] == [b, a, c]  # the one before for a rollback
+    store.change(Change(verb="abort"))
+    mirror.look(0.0)
+    assert {path.name for path in (tmp_path / "cache").glob("2*")} == {a, b}
+    assert store.fetched == [a, b, c]
+
+
+def test_a_canary_that_cannot_be_fetched_holds_up_nothing_else(
+    store: Copying, mirror: Mirror, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("cache.retry.monotonic", lambda: now_s[0])
+    a, b, c = (publish(made(tmp_path, seed), store, activate=seed == 0) for seed in range(3))
+    mirror.look(0.0)
+    store.change(Change(verb="canary", release=b, share=0.1))
+    store.broken.add("fetch")
+    mirror.look(0.0)
+    subject = reader(folder)
+    subject.wait(NOTHING, 0.0)
+    with pytest.raises(Awaited, match="fetch fails"):
+        subject.fetch(b, tmp_path)
+    store.broken.clear()
+    store.activate(c)
+    mirror.look(0.0)
+    assert subject.wait(NOTHING, 0.0).current == c
+    assert [*mirror.view.releases] == [c, a]
+    now_s[0] += 1.0
+    mirror.look(0.0)
+    assert [*mirror.view.releases] == [c, a, b]
+    assert mirror.view.failure is None

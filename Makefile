@@ -20,7 +20,7 @@ PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-encode bench-train bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify sanitize openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-changes bench-encode bench-train bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify sanitize openapi clean
 
 help: ## print these verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-service: $(VENV)/.setup-dev ## the whole service over HTTP beside its riva
 
 bench-memory: $(VENV)/.setup-dev ## bytes an item on disk, and the memory of 1, 2 and 4 workers
 	$(BIN)/python -m benchmarks.memory --size $(SIZE) $(EXTRA)
+
+bench-changes: $(VENV)/.setup-dev ## how soon updates are in the answers, and how many a second last; SIZE=tiny to try it
+	$(BIN)/python -m benchmarks.changes --size $(SIZE) $(EXTRA)
 
 bench-encode: $(VENV)/.setup-dev ## microseconds from a user's fields to the input of the user tower
 	$(BIN)/python -m benchmarks.encode $(EXTRA)

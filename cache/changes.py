@@ -12,10 +12,10 @@ behind it concern that release.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -33,6 +33,8 @@ APPEND_BYTES = 8 << 20  # of one append, unless a single entry is larger
 UPSERT, DELETE, RECORDS, REMOVED = b"U", b"D", b"R", b"X"
 _STRETCH = struct.Struct("<cxxxIqqq")  # kind, floats of a record, since, after, until
 _IDS = struct.Struct("<cxxxI")  # i or s, count
+
+Pack = Callable[[NDArray[np.float32]], NDArray[np.uint8]]  # records to rows, (n, item size) to (n, stride)
 
 
 def records_log(bundle_id: str) -> str:
@@ -211,58 +213,93 @@ def _decode_ids(payload: bytes, offset: int) -> tuple[Ids, int]:
 # --- what they sum to ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Folded:
-    """All that has changed behind a release's watermark, the latest of each item. Immutable: `plus` makes another.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Newer:
+    """What came after a release, as far as it is here."""
 
-    An item is in `ids` or in `deleted` or in neither, never in both.
+    overlay: Path | None = None  # a file (cache/overlay.py), None while nothing has changed behind the watermark
+    behind_since_s: float | None = None  # monotonic time since when a change has been in the log that is not here
+    dead: int = 0  # changes behind the watermark that the bundle could not take
+
+
+class Fold:
+    """All that has changed behind a release's watermark, the latest of each item. For one thread.
+
+    To add costs what comes, whatever is there. An item is in `ids` or in `deleted` or in neither, never in both.
     """
 
-    watermark: int  # all of `changes` up to here is in it, or in the release
-    ids: Ids  # (n,) items that are new or have changed
-    records: NDArray[np.float32]  # (n, item size) in their order
-    deleted: Ids  # (m,)
-    _ids: tuple[int | str, ...] = ()  # the same as objects
-    _deleted: frozenset[int | str] = frozenset()
-
-    @classmethod
-    def start(cls, watermark: int, id_type: IdType, record_size: int) -> Folded:
-        """Nothing changed yet behind the watermark of a release."""
-        none = _as_ids([], id_type)
-        return cls(watermark, none, np.empty((0, record_size), np.float32), none)
+    def __init__(self, watermark: int, id_type: IdType, width: int, pack: Pack | None = None) -> None:
+        """Nothing yet. Rows are records (n, width) float32, or what `pack` makes of them, (n, width) uint8."""
+        self.watermark = watermark  # all of `changes` up to here is in it, or in the release
+        self._id_type, self._pack = id_type, pack
+        self._space = np.empty((0, width), np.float32 if pack is None else np.uint8)
+        self._ids: list[int | str] = []  # of the rows
+        self._places: dict[int | str, int] = {}
+        self._deleted: dict[int | str, None] = {}
 
     def __len__(self) -> int:
         """How many items it has something to say of."""
-        return len(self.ids) + len(self.deleted)
+        return len(self._ids) + len(self._deleted)
 
-    def plus(self, entries: Iterable[Embedded]) -> Folded:
-        """With entries of the bundle's log in their order; those that do not follow what is known change nothing."""
-        watermark = self.watermark
-        latest: dict[int | str, int | None] = {}  # row of an id's record among all that come, None where it is gone
-        coming: list[NDArray[np.float32]] = [np.empty((0, self.records.shape[1]), np.float32)]
-        count = 0
-        for entry in entries:
-            if not entry.after <= watermark < entry.until:
-                continue
-            watermark = entry.until
-            if entry.records is None:
-                latest.update(dict.fromkeys(entry.ids.tolist()))
-            else:
-                latest.update(zip(entry.ids.tolist(), range(count, count + len(entry.ids)), strict=True))
-                coming.append(entry.records)
-                count += len(entry.records)
-        if not latest:
-            return Folded(watermark, self.ids, self.records, self.deleted, self._ids, self._deleted)
-        kept = np.array([item not in latest for item in self._ids], np.bool_)
-        placed = {item: row for item, row in latest.items() if row is not None}
-        ids = (*compress(self._ids, kept.tolist()), *placed)
-        records = np.empty((len(ids), self.records.shape[1]), np.float32)
-        split = len(ids) - len(placed)
-        np.compress(kept, self.records, axis=0, out=records[:split])
-        records[split:] = np.concatenate(coming)[list(placed.values())]
-        deleted = self._deleted.difference(placed).union(latest.keys() - placed.keys())
-        id_type: IdType = "string" if isinstance(self.ids, Texts) else "int"
-        return Folded(watermark, _as_ids(ids, id_type), records, _as_ids(tuple(deleted), id_type), ids, deleted)
+    @property
+    def ids(self) -> Ids:
+        """(n,) items that are new or have changed."""
+        return _as_ids(self._ids, self._id_type)
+
+    @property
+    def rows(self) -> NDArray[Any]:
+        """(n, width) in their order: a view, until something is added."""
+        return self._space[: len(self._ids)]
+
+    @property
+    def deleted(self) -> Ids:
+        """(m,)"""
+        return _as_ids([*self._deleted], self._id_type)
+
+    def add(self, entry: Embedded) -> bool:
+        """Take the next entry of the bundle's log; returns False for one that does not follow what is known.
+
+        Raises what `pack` raises; then nothing has changed.
+        """
+        if not entry.after <= self.watermark < entry.until:
+            return False
+        ids = entry.ids.tolist()
+        if entry.records is None:
+            for item in ids:
+                self._remove(item)
+            self._deleted.update(dict.fromkeys(ids))
+        else:
+            rows = entry.records if self._pack is None else self._pack(entry.records)
+            places = [self._place(item) for item in ids]
+            self._reserve(len(self._ids))
+            self._space[places] = rows
+        self.watermark = entry.until
+        return True
+
+    def _place(self, item: int | str) -> int:
+        """The row of an item from now on."""
+        self._deleted.pop(item, None)
+        place = self._places.setdefault(item, len(self._ids))
+        if place == len(self._ids):
+            self._ids.append(item)
+        return place
+
+    def _remove(self, item: int | str) -> None:
+        """The last row moves to where the item was."""
+        place = self._places.pop(item, None)
+        if place is None:
+            return
+        last = self._ids.pop()
+        if place < len(self._ids):
+            self._space[place] = self._space[len(self._ids)]
+            self._ids[place] = last
+            self._places[last] = place
+
+    def _reserve(self, count: int) -> None:
+        if count > len(self._space):
+            wider = np.empty((max(count, 2 * len(self._space)), self._space.shape[1]), self._space.dtype)
+            wider[: len(self._space)] = self._space
+            self._space = wider
 
 
 def _as_ids(ids: Sequence[int | str], id_type: IdType) -> Ids:

@@ -26,7 +26,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from cache.changes import ChangeLog
+from cache.changes import ChangeLog, Newer
 from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.file_log import FileLog
@@ -254,7 +254,7 @@ class FileStore:
                 (home / "current").unlink(missing_ok=True)
                 shutil.rmtree(home)
 
-    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
+    def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
         return self._followers.bring(folder, cache_dir)
 
     def close(self) -> None:

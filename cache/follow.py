@@ -1,7 +1,7 @@
 """Follow the changes behind a release: read its bundle's log, fold it, and write an overlay when something is new.
 
 Overlays lie in a folder of their own below the cache, locked while the process that writes them lives; the next one
-deletes what dead processes left. The two newest stay: a reader may be about to open the one before.
+deletes what dead processes left. The newest stay: a reader may be about to open one of those before.
 """
 
 from __future__ import annotations
@@ -9,25 +9,54 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from time import monotonic
 
-from cache.changes import ChangeLog, Folded, decode_embedded, records_log
+from cache.changes import CHANGES, DEAD, ChangeLog, Entry, Fold, Newer, decode_dead, decode_embedded, records_log
 from cache.durable import holding, is_held
-from cache.errors import StoreError, disk_error
+from cache.errors import SnapshotError, StoreError, disk_error
 from cache.overlay import overlays_in, write_overlay
 from cache.release import ITEMS, read_release
 from cache.snapshot import read_header
+from kernel.engine import pack
+from kernel.errors import RecordError
 from kernel.plain import ItemLayout, item_layout
 from model.features import IdType
 
 PREFIX = "overlays-"
 ENTRIES = 64  # of a log, read at a time: up to 1,000 records each
-KEPT = 2  # overlays that stay
+KEPT = 4  # overlays that stay
+REST = 1.0  # of the time that a look took, until the next one: at most half of all goes into it
+SIGHTS = 1_000  # ends of the log of changes that are remembered, at most
 
 log = logging.getLogger(__name__)
+
+
+class _Reader:
+    """Of what is new in a log, also in another one that has taken its place."""
+
+    def __init__(self, source: ChangeLog) -> None:
+        self._log, self._position = source, 0
+
+    def new(self) -> Iterator[Entry]:
+        if self._position and self._log.last() < self._position:
+            self.rewind()
+        while entries := self._log.read(self._position, ENTRIES):
+            for entry in entries:
+                yield entry
+                self._position = entry.position
+
+    def rewind(self) -> None:
+        self._position = 0
+
+    @property
+    def at_start(self) -> bool:
+        return self._position == 0
 
 
 @dataclass(slots=True)
@@ -35,12 +64,20 @@ class _Followed:
     """A release, and what is known of what came after it."""
 
     folder: Path
+    watermark: int  # of the release
     bundle_id: str
     id_type: IdType
     layout: ItemLayout
-    folded: Folded
-    position: int  # in the bundle's log
-    written: Path | None = None
+    fold: Fold
+    records: _Reader
+    dead: _Reader
+    changes: ChangeLog
+    told: Newer = field(default_factory=Newer)
+    written: int = 0  # watermark of the overlay
+    seen: int = 0  # up to which change there are records in the log, whether they follow or not
+    letters: int = 0
+    sights: deque[tuple[int, float]] = field(default_factory=deque)  # an end of `changes`, when it was seen first
+    rest_until_s: float = 0.0
 
 
 class Follower:
@@ -52,24 +89,27 @@ class Follower:
         self._home: Path | None = None
         self._held = ExitStack()
 
-    def bring(self, folder: Path, cache_dir: Path) -> Path | None:
-        """The newest overlay of a release folder, None while nothing has changed behind its watermark.
+    def bring(self, folder: Path, cache_dir: Path) -> Newer:
+        """What came after the release in a folder, up to now, or a moment ago where folding takes long.
 
         Raises StoreError where changes that it lacks are gone, SnapshotError for records that cannot be served.
         """
         if self._followed is None or self._followed.folder != folder:
-            self._followed = _start(folder)
-        at = self._followed
-        bundle_log = self._open_log(records_log(at.bundle_id))
-        before = at.folded
-        while entries := bundle_log.read(at.position, ENTRIES):
-            at.folded = at.folded.plus(map(decode_embedded, entries))
-            at.position = entries[-1].position
-        if at.written is None and at.folded is before:
-            _check_floor(folder, before.watermark, self._open_log)
-        if at.folded.watermark > before.watermark:
-            at.written = self._write(at, cache_dir)
-        return at.written
+            self._followed = self._start(folder)
+        at, start_s = self._followed, monotonic()
+        if start_s < at.rest_until_s:
+            return at.told
+        _see_end(at)
+        _read(at)
+        path = at.told.overlay
+        if at.fold.watermark > at.written:
+            path = self._write(at, cache_dir)
+            at.written = at.fold.watermark
+        at.letters += _count_dead(at)
+        at.told = Newer(overlay=path, behind_since_s=_behind_since(at), dead=at.letters)
+        end_s = monotonic()
+        at.rest_until_s = end_s + REST * (end_s - start_s)
+        return at.told
 
     def close(self) -> None:
         """Delete the overlays: who has mapped them keeps them."""
@@ -77,6 +117,22 @@ class Follower:
         if self._home is not None:
             shutil.rmtree(self._home, ignore_errors=True)
             self._home = None
+
+    def _start(self, folder: Path) -> _Followed:
+        release, header = read_release(folder), read_header(folder / ITEMS)
+        layout = item_layout(release.head, header.record_dtype)  # type: ignore[arg-type]  # a layout refuses another
+        return _Followed(
+            folder=folder,
+            watermark=release.watermark,
+            bundle_id=release.bundle_id,
+            id_type=header.id_type,
+            layout=layout,
+            fold=Fold(release.watermark, header.id_type, layout.stride, partial(pack, layout)),
+            records=_Reader(self._open_log(records_log(release.bundle_id))),
+            dead=_Reader(self._open_log(DEAD)),
+            changes=self._open_log(CHANGES),
+            written=release.watermark,
+        )
 
     def _write(self, at: _Followed, cache_dir: Path) -> Path:
         try:
@@ -87,10 +143,10 @@ class Follower:
                 bundle_id=at.bundle_id,
                 id_type=at.id_type,
                 layout=at.layout,
-                ids=at.folded.ids,
-                records=at.folded.records,
-                deleted=at.folded.deleted,
-                watermark=at.folded.watermark,
+                ids=at.fold.ids,
+                records=at.fold.rows,
+                deleted=at.fold.deleted,
+                watermark=at.fold.watermark,
             )
             for old in overlays_in(home)[:-KEPT]:
                 old.unlink(missing_ok=True)
@@ -117,7 +173,7 @@ class Followers:
         self._open_log = open_log
         self._by_folder: dict[Path, Follower] = {}
 
-    def bring(self, folder: Path, cache_dir: Path) -> Path | None:
+    def bring(self, folder: Path, cache_dir: Path) -> Newer:
         """`Follower.bring`."""
         if folder not in self._by_folder:
             self._by_folder[folder] = Follower(self._open_log)
@@ -132,23 +188,51 @@ class Followers:
         self.keep(set())
 
 
-def _start(folder: Path) -> _Followed:
-    release, header = read_release(folder), read_header(folder / ITEMS)
-    return _Followed(
-        folder=folder,
-        bundle_id=release.bundle_id,
-        id_type=header.id_type,
-        layout=item_layout(release.head, header.record_dtype),  # type: ignore[arg-type]  # a layout refuses another
-        folded=Folded.start(release.watermark, header.id_type, release.head.item_size),
-        position=0,
-    )
-
-
-def _check_floor(folder: Path, watermark: int, open_log: Callable[[str], ChangeLog]) -> None:
-    """Raise StoreError where changes behind the watermark have been trimmed away."""
-    floor = open_log("changes").floor()
-    if floor > watermark:
+def _read(at: _Followed) -> None:
+    """Fold what is new in the bundle's log; all of it where that does not follow what is known."""
+    whole = at.records.at_start
+    if _fold(at) and at.seen > at.fold.watermark and not whole:
+        at.records.rewind()
+        _fold(at)
+    floor = at.changes.floor() if at.seen > at.fold.watermark or at.told.overlay is None else 0
+    if floor > at.fold.watermark:
         raise StoreError(
-            f"release {folder.name} holds changes up to {watermark}, those up to {floor} were trimmed: "
+            f"release {at.folder.name} knows the changes up to {at.fold.watermark}, those up to {floor} were trimmed: "
             "publish the items again"
         )
+
+
+def _fold(at: _Followed) -> bool:
+    """Take what follows; returns whether any entry was new, followed or not."""
+    any_new = False
+    for entry in at.records.new():
+        any_new = True
+        embedded = decode_embedded(entry)
+        try:
+            at.fold.add(embedded)
+        except RecordError as error:
+            item = embedded.ids[error.row : error.row + 1].tolist()[0]
+            raise SnapshotError(
+                f"the record of item {item!r} in the log of bundle {at.bundle_id}, at {entry.position}: {error}: "
+                "publish the items again"
+            ) from error
+        at.seen = max(at.seen, embedded.until)
+    return any_new
+
+
+def _see_end(at: _Followed) -> None:
+    end = at.changes.last()
+    known = at.sights[-1][0] if at.sights else at.fold.watermark
+    if end > known and len(at.sights) < SIGHTS:
+        at.sights.append((end, monotonic()))
+
+
+def _behind_since(at: _Followed) -> float | None:
+    while at.sights and at.sights[0][0] <= at.fold.watermark:
+        at.sights.popleft()
+    return at.sights[0][1] if at.sights else None
+
+
+def _count_dead(at: _Followed) -> int:
+    letters = (letter for entry in at.dead.new() for letter in decode_dead(entry))
+    return sum(letter.bundle_id == at.bundle_id and letter.position > at.watermark for letter in letters)

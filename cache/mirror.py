@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from cache.changes import Newer
 from cache.durable import is_held, replace_file
 from cache.errors import Awaited, StoreError, disk_error
 from cache.release import BUNDLE, ITEMS, Progress, no_progress
@@ -43,6 +44,8 @@ class LocalRelease:
     folder: str
     spec_id: str  # whose user table goes with it
     overlay: str | None = None  # what came after it, if anything
+    behind_since_s: float | None = None  # as of `Newer`
+    dead: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +137,10 @@ class Mirror:
         for release_id in beside:
             whole = self._attempt(release_id, release_id, partial(self._bring_beside, release_id)) and whole
         self._forget({current, *beside})
-        for release_id in dict.fromkeys([current, *beside]):
-            if release_id in self.view.releases:
-                bring = partial(self._bring_changes, release_id)
-                whole = self._attempt(f"changes of {release_id}", release_id, bring) and whole
+        serving = current if current in self.view.releases else next(iter(self.view.releases), None)
+        for name in dict.fromkeys([serving, *beside]):
+            if name is not None and name in self.view.releases:
+                whole = self._attempt(f"changes of {name}", name, partial(self._bring_changes, name)) and whole
         for spec_id in {release.spec_id for release in self.view.releases.values()}:
             version = self._store.users_version(spec_id)
             whole = self._attempt(spec_id, version, partial(self._bring_users, spec_id, version)) and whole
@@ -160,7 +163,7 @@ class Mirror:
     def _bring_current(self, release_id: str) -> None:
         here = self._brought(release_id)
         if here is None or release_id != next(iter(self.view.releases)):
-            here = here or self._fetch(release_id)
+            here = self._fetch(release_id) if here is None else self._changed(here)
             self._tell_releases({release_id: here} | {**self.view.releases, release_id: here})
 
     def _bring_beside(self, release_id: str) -> None:
@@ -175,7 +178,7 @@ class Mirror:
         folder = self._store.fetch(release_id, self._cache_dir, self._progress).absolute()
         if self._huge_pages:  # before a worker has mapped it in small ones
             Snapshot.open(folder / ITEMS).settle()
-        here = LocalRelease(folder=str(folder), spec_id=_spec_id(folder))
+        here = self._changed(LocalRelease(folder=str(folder), spec_id=_spec_id(folder)))
         if here.spec_id not in self.view.users:  # a release is told together with its users
             self._bring_users(here.spec_id, self._store.users_version(here.spec_id))
         return here
@@ -194,12 +197,25 @@ class Mirror:
         self._tell(releases=releases, users=users)
         self._store.drop_cached(self._cache_dir, {*releases})
 
+    def _changed(self, here: LocalRelease) -> LocalRelease:
+        """With what came after it: no reader goes back to items that were changed or deleted.
+
+        A replica that has nothing to serve yet begins without.
+        """
+        try:
+            return _with_changes(here, self._store.fetch_changes(Path(here.folder), self._cache_dir))
+        except Exception as error:
+            if self.view.releases:
+                raise
+            self._fail(error)
+            return here
+
     def _bring_changes(self, release_id: str) -> None:
         """Tell of what came after the release; what was told before stays told."""
         here = self.view.releases[release_id]
-        path = self._store.fetch_overlay(Path(here.folder), self._cache_dir)
-        if path is not None and str(path) != here.overlay:
-            self._tell(releases={**self.view.releases, release_id: replace(here, overlay=str(path))})
+        told = _with_changes(here, self._store.fetch_changes(Path(here.folder), self._cache_dir))
+        if told != here:
+            self._tell(releases={**self.view.releases, release_id: told})
 
     def _bring_users(self, spec_id: str, version: str | None) -> None:
         here = self.view.users.get(spec_id)
@@ -241,6 +257,11 @@ def _view_before(folder: Path) -> View:
     except StoreError as error:
         log.warning("starting anew: %s", error)
         return View()
+
+
+def _with_changes(here: LocalRelease, newer: Newer) -> LocalRelease:
+    overlay = None if newer.overlay is None else str(newer.overlay)
+    return replace(here, overlay=overlay, behind_since_s=newer.behind_since_s, dead=newer.dead)
 
 
 def _lies_here(table: LocalUsers) -> bool:
@@ -310,10 +331,12 @@ class MirrorStore:
             raise self._awaited(f"release {release_id}")
         return Path(here.folder)
 
-    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
-        """Where the newest overlay of the release lies."""
+    def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
         here = self._known().releases.get(folder.name)
-        return None if here is None or here.overlay is None else Path(here.overlay)
+        if here is None:
+            return Newer()
+        overlay = None if here.overlay is None else Path(here.overlay)
+        return Newer(overlay=overlay, behind_since_s=here.behind_since_s, dead=here.dead)
 
     def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
         """Nothing: who fetches deletes."""

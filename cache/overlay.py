@@ -67,14 +67,14 @@ def write_overlay(
     id_type: IdType,
     layout: ItemLayout,
     ids: Ids,
-    records: NDArray[np.float32],
+    records: NDArray[Any],
     deleted: Ids,
     watermark: int,
 ) -> Path:
-    """Write an overlay into a folder; returns its path, whole or not there.
+    """Write an overlay into a folder; returns its path, whole or not there. It does not outlive a crash of the machine.
 
-    ids: (r,) with records (r, item size); deleted: (d,), none of them among ids. Raises SnapshotError naming an item
-    with a record that is not finite, or an id that comes twice.
+    ids: (r,) with records (r, item size), or rows (r, stride) uint8 of the layout; deleted: (d,), none of them among
+    ids. Raises SnapshotError naming an item with a record that is not finite, or an id that comes twice.
     """
     path = folder / f"{watermark}-{len(ids)}.snap"
     zeros = np.zeros((len(deleted), layout.stride), np.uint8)
@@ -82,7 +82,7 @@ def write_overlay(
         for part, rows in ((ids, records), (deleted, zeros)):
             if len(part):
                 writer.append(part, rows)
-        writer.finish()
+        writer.finish(durable=False)
     return path
 
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
 
-from cache.changes import ChangeLog
+from cache.changes import ChangeLog, Newer
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
 from cache.redis_chunks import Chunks, Manifest
@@ -279,7 +279,7 @@ class RedisStore:
             self._client.hdel(self._users, spec_id)
             self._forget(old)
 
-    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
+    def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
         return self._followers.bring(folder, cache_dir)
 
     def close(self) -> None:

@@ -415,10 +415,10 @@ class SnapshotWriter:
         self._stream.write(np.ascontiguousarray(rows).data)
         self.count += len(ids)
 
-    def finish(self) -> Snapshot:
+    def finish(self, *, durable: bool = True) -> Snapshot:
         """Index the ids, write what follows the records, sync and put the file in its place.
 
-        Raises SnapshotError naming an id that came twice.
+        What need not be durable does not wait for the disk. Raises SnapshotError naming an id that came twice.
         """
         sections = {"records": Section(RECORDS_AT, self.count * self.stride)}
         keys, salt = self._distinct_keys()
@@ -448,8 +448,11 @@ class SnapshotWriter:
         self._stream.seek(0)
         self._stream.write(header.pack())
         self._stream.flush()
-        os.fsync(self._stream.fileno())
-        rename_durably(self._temporary, self.path)
+        if durable:
+            os.fsync(self._stream.fileno())
+            rename_durably(self._temporary, self.path)
+        else:
+            os.replace(self._temporary, self.path)
         return Snapshot.open(self.path)
 
     def packed(self, ids: Ids, records: NDArray[Any]) -> NDArray[np.uint8]:

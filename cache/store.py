@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from cache.changes import ChangeLog
+from cache.changes import ChangeLog, Newer
 from cache.errors import StoreError
 from cache.release import Progress, Release, UserTable, no_progress
 from cache.rollout import Audited, Change, Live
@@ -98,8 +98,8 @@ class ReadableStore(Protocol):
     def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
         """A local users.snap, verified, or None; copies of other versions are deleted from the cache."""
 
-    def fetch_overlay(self, folder: Path, cache_dir: Path) -> Path | None:
-        """What came after the release in a folder that `fetch` gave, as a local overlay; None where nothing has."""
+    def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
+        """What came after the release in a folder that `fetch` gave, with a local overlay where anything has."""
 
     def close(self) -> None: ...
 

@@ -41,6 +41,7 @@ from cache.changes import (
     records_log,
 )
 from cache.embed import run_parallel
+from cache.errors import StoreError
 from cache.intake import ID_COLUMN
 from cache.retry import STORE_PAUSE_S
 from cache.store import ReleaseInfo, ReleaseStore
@@ -284,6 +285,7 @@ class Updater:
                     self.lines[bundle_id].follow(infos)
                 else:
                     self.lines[bundle_id] = self._open(infos)
+                self._check_end(self.lines[bundle_id])
                 self._said.pop(bundle_id, None)
             except RankTowerError as error:
                 self._say(bundle_id, f"bundle {bundle_id} gets no updates: {error}")
@@ -325,6 +327,15 @@ class Updater:
     def state(self) -> str:
         """Up to where each bundle has come."""
         return ", ".join(f"bundle {name} is at {line.at}" for name, line in self.lines.items()) or "no live bundle"
+
+    def _check_end(self, line: Line) -> None:
+        """Raise StoreError where the log of changes ends before what was made of it: a part is lost."""
+        end = self._changes.last()
+        if end < line.at:
+            raise StoreError(
+                f"the log of changes ends at {end}, its records go to {line.at}: if it was lost, delete the logs "
+                "records and dead, too, and publish the items again"
+            )
 
     def _open(self, infos: list[ReleaseInfo]) -> Line:
         newest, low = infos[-1], min(info.watermark for info in infos)

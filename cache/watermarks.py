@@ -12,12 +12,16 @@ from cache.errors import StoreError
 from cache.store import ReleaseStore
 
 READ_ENTRIES = 16  # at a time
+EXPORT_S = (
+    3_600.0  # how long before its time of writing an items file may have been begun, unless something better is known
+)
 
 
 def watermark_of(store: ReleaseStore, items: Path, given: int | None) -> int:
-    """The position up to which an items file contains the log: that of its time of writing, unless one is given.
+    """The position up to which an items file contains the log: of an hour before it was written, unless one is given.
 
-    Raises StoreError for one beyond the log, or one behind which entries were trimmed.
+    What the file contains beyond it is applied once more; but nothing that every live release contains already. Raises
+    StoreError for one beyond the log, or one behind which entries were trimmed.
     """
     log = store.log(CHANGES)
     last = log.last()
@@ -27,10 +31,16 @@ def watermark_of(store: ReleaseStore, items: Path, given: int | None) -> int:
         )
     if last == 0:
         return 0
-    watermark = log.position_at(items.stat().st_mtime_ns // 1_000_000) if given is None else given
+    watermark = _before_export(log, items) if given is None else given
     written = "" if given is not None else f", written at {_time(items.stat().st_mtime)}"
     check_watermark(store, watermark, f"{items}{written}")
     return watermark
+
+
+def _before_export(log: ChangeLog, items: Path) -> int:
+    written_ms = items.stat().st_mtime_ns // 1_000_000
+    contained = min(log.floor(), log.position_at(written_ms))
+    return max(contained, log.position_at(written_ms - int(EXPORT_S * 1000)))
 
 
 def check_watermark(store: ReleaseStore, watermark: int, what: str) -> None:

@@ -181,6 +181,12 @@ class Service:
             "users": standing.users,
             "retrieval": standing.ranker is not None and standing.ranker.index is not None,
             "rollout": rollout_state(standing),
+            "changes": {
+                "watermark": standing.ranker.watermark if standing.ranker else None,
+                "items": standing.ranker.changed if standing.ranker else 0,
+                "behind_s": round(standing.behind_s(), 3),
+                "dead": standing.dead,
+            },
             "store": {
                 "url": self.store.url,
                 "reachable": standing.reachable,
@@ -196,6 +202,15 @@ class Service:
         if state["shadow"] is not None:
             state["shadow"]["compared"] = self.telemetry.shadow_means(state["shadow"]["release"])
         return state
+
+    def metrics(self) -> bytes:
+        """Those that are told by events, and how this process stands now."""
+        standing = self.refresher.standing
+        if standing.ranker is not None:
+            self.telemetry.serve_changes(
+                standing.ranker.watermark, standing.ranker.changed, standing.behind_s(), standing.dead
+            )
+        return self.telemetry.render(standing.staleness_s())
 
     def _user_cache(self) -> UserCache | None:
         """None where the setting is 0."""
@@ -424,8 +439,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", **documented("metrics"))
     async def metrics() -> Response:
         """Metrics in the Prometheus text format."""
-        staleness_s = service.refresher.standing.staleness_s()
-        return Response(service.telemetry.render(staleness_s), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_admin(app: FastAPI, service: Service) -> None:

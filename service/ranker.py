@@ -33,6 +33,7 @@ from service.wire import Decoders, RankRequest, RetrieveRequest, UserRequest, de
 if TYPE_CHECKING:
     from cache.index import RetrievalIndex
 
+MORE = 8  # times as many are searched for where most of what is found is replaced or deleted
 MEASURED_ROWS, MEASURED_TIMES = 2048, 3
 KERNEL_TOLERANCE = 1e-3  # in units of user heads * scale; int8 users are rounded to 16 bits
 
@@ -137,7 +138,11 @@ class Ranker:
 
     def with_overlay(self, overlay: Overlay | None) -> Ranker:
         """The same release under another overlay. Raises SnapshotError or ReleaseError unless it fits."""
-        return self._with(overlay, self.users)
+        ranker = self._with(overlay, self.users)
+        if self.index is not None:
+            _ = ranker._held  # looked up here, not by the first search
+        ranker.candidate_ns = self.candidate_ns  # the same records on the same machine
+        return ranker
 
     def _with(self, overlay: Overlay | None, users: Snapshot | None) -> Ranker:
         return Ranker(
@@ -268,7 +273,7 @@ class Ranker:
         clock.lap("encode")
         record = self._record(user.features)
         clock.lap("user")
-        rows = self._with_newer(np.asarray(self.index.search(record, request.items_per_head), np.int32))
+        rows = self._with_newer(np.asarray(self.index.search(record, self._wanted(request.items_per_head)), np.int32))
         scores = self.table.score(record, rows)
         clock.lap("score")
         best = top_k(scores, request.k)
@@ -293,12 +298,26 @@ class Ranker:
         if self.overlay is None:
             return rows
         newer = np.arange(len(self.items), len(self.items) + self.overlay.held, dtype=np.int32)
-        return np.concatenate([rows[~np.isin(rows, self._hidden)], newer])
+        return np.concatenate([rows[self._served[rows]], newer])
+
+    def _wanted(self, per_head: int) -> int:
+        """How many items a head searches for, so that about as many as wanted are served still."""
+        if self.overlay is None:
+            return per_head
+        return min(-(-per_head * len(self.items) // max(self._held, 1)), MORE * per_head)
 
     @cached_property
-    def _hidden(self) -> NDArray[np.int32]:
-        """Rows of the release that its overlay replaces or deletes, rising."""
-        return np.empty(0, np.int32) if self.overlay is None else self.overlay.hides(self.items)
+    def _served(self) -> NDArray[np.bool_]:
+        """(items,) whether a row of the release is neither replaced nor deleted."""
+        served = np.ones(len(self.items), np.bool_)
+        if self.overlay is not None:
+            served[self.overlay.hides(self.items)] = False
+        return served
+
+    @cached_property
+    def _held(self) -> int:
+        """How many these are."""
+        return int(np.count_nonzero(self._served))
 
     def _ids_of(self, rows: NDArray[np.int32]) -> Ids:
         count = len(self.items)
@@ -408,9 +427,14 @@ class Ranker:
         """Ids drawn without repetition from the catalogue and the user table, as many as there are at most."""
         rng = np.random.default_rng(seed)
         drawn = _draw(len(self.items), items, rng)
-        served = drawn[~np.isin(drawn, self._hidden)]
+        served = drawn[self._served[drawn]]
         people = self.users.ids(_draw(len(self.users), users, rng)).tolist() if self.users else []
         return self.items.ids(served).tolist(), people
+
+    @property
+    def changed(self) -> int:
+        """How many items are new, changed or deleted behind the release."""
+        return 0 if self.overlay is None else len(self.overlay.items)
 
     def describe(self) -> dict[str, Any]:
         """`schema.ReleaseAnswer`."""
@@ -420,7 +444,7 @@ class Ranker:
             "bundle": self.bundle.id,
             "snapshot": self.items.id,
             "created": self.document.created,
-            "items": len(self.table) - len(self._hidden),
+            "items": self._held + (self.overlay.held if self.overlay else 0),
             "watermark": self.watermark,
             "users": len(self.users) if self.users else 0,
             "item_id_type": self.spec.item_id_type,

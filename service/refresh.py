@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from cache.changes import Newer
 from cache.errors import Awaited
 from cache.mirror import CHANGES_S
 from cache.overlay import Overlay
@@ -38,6 +39,8 @@ class Standing:
     current: str | None = None  # the release that the store names
     rollout: Rollout = ALONE  # what it names beside that
     refused: Mapping[str, str] = field(default_factory=dict)  # releases of the rollout that are not served, and why
+    behind_since_s: float | None = None  # monotonic time since when the ranker has lacked a change that is in the log
+    dead: int = 0  # changes that the release's bundle could not take
     swaps: int = 0  # how often a release or a user table was taken over
     reachable: bool = False  # whether the store answered when last asked
     contact_s: float | None = None  # monotonic time of the store's last answer
@@ -48,6 +51,10 @@ class Standing:
     def ranker(self) -> Ranker | None:
         """Of the current release."""
         return None if self.serving is None else self.serving.current
+
+    def behind_s(self) -> float:
+        """For how long the ranker has lacked a change that is in the log; 0 where it lacks none."""
+        return 0.0 if self.behind_since_s is None else monotonic() - self.behind_since_s
 
     def staleness_s(self) -> float | None:
         """Seconds since the store last answered; None before it ever did."""
@@ -90,7 +97,7 @@ class Refresher:
         self._on_rollout = on_rollout
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="refresh", daemon=True)
-        self._retry, self._users_retry = Retry(), Retry()
+        self._retry, self._users_retry, self._changes_retry = Retry(), Retry(), Retry()
         self._beside: dict[str, _Beside] = {}
         self._beside_retries: dict[str, Retry] = {}
         self._before: str | None = None  # the release that was current before
@@ -181,11 +188,10 @@ class Refresher:
         serving = self.standing.ranker
         fits = True
         if serving is not None and serving.release == release_id:
-            fits = self.follow_users()
-            self.follow_changes()
+            fits = self.follow_users() and self.follow_changes()
         elif release_id is not None:  # a store without any release has lost all it had: that deletes no users here
             try:
-                self._take_release(release_id)
+                fits = self._take_release(release_id)
             except Awaited:
                 self.follow_users()
                 raise
@@ -216,45 +222,79 @@ class Refresher:
         self._users_retry = Retry()
         return True
 
-    def follow_changes(self) -> None:
-        """Serve what came after the release, too: in one step, and never less of it than before."""
+    def follow_changes(self) -> bool:
+        """Serve what came after the release, too: in one step, and never less of it than before.
+
+        Returns whether all that is known is served; False while what was refused waits to be tried again.
+        """
         ranker = self.standing.ranker
         if ranker is None:
-            return
-        newer = self._under_changes(ranker)
-        if newer is not ranker:
-            self._stand(serving=self._with_beside(newer, self.standing.rollout))
+            return True
+        if not self._changes_retry.allows(ranker.release):
+            return False
+        try:
+            ranker, newer = self._under_changes(ranker)
+        except Awaited:
+            raise
+        except Exception:
+            self._changes_retry = self._changes_retry.later(ranker.release)
+            raise
+        self._changes_retry = Retry()
+        rollout = self.standing.rollout
+        serving = self.standing.serving if ranker is self.standing.ranker else self._with_beside(ranker, rollout)
+        self._stand(serving=serving, behind_since_s=newer.behind_since_s, dead=newer.dead)
+        return True
 
-    def _under_changes(self, ranker: Ranker) -> Ranker:
-        path = self._store.fetch_overlay(ranker.items.path.parent, self._cache_dir)
+    def _under_changes(self, ranker: Ranker) -> tuple[Ranker, Newer]:
+        newer = self._store.fetch_changes(ranker.items.path.parent, self._cache_dir)
+        path = newer.overlay
         if path is None or (ranker.overlay is not None and ranker.overlay.items.path == path):
-            return ranker
+            return ranker, newer
         overlay = Overlay.open(path)
-        return ranker if overlay.watermark < ranker.watermark else ranker.with_overlay(overlay)
+        return (ranker if overlay.watermark < ranker.watermark else ranker.with_overlay(overlay)), newer
 
-    def _take_release(self, release_id: str) -> None:
+    def _begin_under_changes(self, ranker: Ranker) -> tuple[Ranker, Newer, bool]:
+        """The same for a new release, and whether all went well: who serves nothing yet begins without."""
+        try:
+            return *self._under_changes(ranker), True
+        except Awaited:
+            raise
+        except Exception as error:
+            if self.standing.ranker is not None:
+                raise
+            self._record(error)
+            return ranker, Newer(), False
+
+    def _take_release(self, release_id: str) -> bool:
+        """Returns whether it is served with what came after it."""
         try:
             known = self._beside.get(release_id)  # a canary that was promoted: it answers already
             if known is not None:
-                return self._serve(known.ranker, known.users)
-            ranker = self._open(release_id)
+                self._serve(known.ranker, known.users)
+                return True
+            ranker, newer, whole = self._open(release_id)
             self._swap(ranker, self._store.users_version(ranker.spec.id))
+            self._stand(behind_since_s=newer.behind_since_s, dead=newer.dead)
+            return whole
         except Awaited:
             raise
         except Exception:
             self._retry = self._retry.later(release_id)
             raise
 
-    def _open(self, release_id: str) -> Ranker:
-        """Fetch a release and try it out; what serves stays until it is taken over: a rollback finds it here."""
+    def _open(self, release_id: str) -> tuple[Ranker, Newer, bool]:
+        """Fetch a release and try it out; what serves stays until it is taken over: a rollback finds it here.
+
+        As `_begin_under_changes`.
+        """
         folder = self._store.fetch(release_id, self._cache_dir)
         ranker = Ranker.open(folder, retrieval=self._retrieval, user_cache=self._user_cache)
         ranker.check()
-        ranker = self._under_changes(ranker)
+        ranker, newer, whole = self._begin_under_changes(ranker)
         if self._huge_pages:
             log.debug("%.0f %% of the items are in huge pages", 100 * ranker.items.settle())
         self._drop_cached(release_id)
-        return ranker
+        return ranker, newer, whole
 
     def _drop_cached(self, also: str | None) -> None:
         """Delete local copies of all that is not served; `also` stays, too."""
@@ -334,15 +374,15 @@ class Refresher:
         return why_not_beside(serving, known.ranker)
 
     def _opened(self, release_id: str) -> _Beside:
-        ranker = self._open(release_id)
+        ranker, _, _ = self._open(release_id)
         return self._over_users(ranker, self._store.users_version(ranker.spec.id))
 
     def _renewed(self, known: _Beside) -> _Beside:
         version = self._store.users_version(known.ranker.spec.id)
         if version != known.users:
             known = self._over_users(known.ranker, version)
-        newer = self._under_changes(known.ranker)
-        return known if newer is known.ranker else replace(known, ranker=newer)
+        ranker, _ = self._under_changes(known.ranker)
+        return known if ranker is known.ranker else replace(known, ranker=ranker)
 
     def _over_users(self, ranker: Ranker, version: str | None) -> _Beside:
         ranker = ranker.with_users(self._store.fetch_users(ranker.spec.id, self._cache_dir))

@@ -115,7 +115,9 @@ class RankAnswer(_Record):
     """The best items, best first; equal scores keep your order."""
 
     release: str
-    watermark: int = Field(description="Position of the last change to the items that the answer knows.")
+    watermark: int = Field(
+        description="Position of the last change to the items that the answer knows; up to 2^63, so no double holds it."
+    )
     user_known: bool | None = Field(description="Whether the user table knows `user_id`; null where none was sent.")
     items: list[RankedItem]
     missing: list[int] | list[str] = Field(description="Ids that the release does not know, in your order.")
@@ -251,6 +253,11 @@ class Ready(BaseModel):
     users: str | None = Field(description="Version of the user table, null without one.")
     retrieval: bool = Field(description="Whether an index is loaded, so that /v1/retrieve answers.")
     rollout: RolloutState
+    changes: dict[str, Any] = Field(
+        description="What is known of the changes to items behind the release: `watermark`, the position of the last "
+        "that is served, `items`: how many it changed, `behind_s`: for how long one has been in the log that is not "
+        "served, and `dead`: how many the bundle could not take."
+    )
     store: dict[str, Any] = Field(
         description="`url` without credentials, `reachable`, `staleness_s`: seconds since it last answered, `failure`: "
         "why the last attempt to take something over failed, and `failures`: how many did."

@@ -25,6 +25,13 @@ REQUEST_SECONDS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0,
 RELEASE_SECONDS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)  # few: there is a set for each release that took part
 CANDIDATES = (0, 1, 10, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 
+CHANGES = {
+    "ranktower_watermark": "Position of the last change to the items that is served.",
+    "ranktower_changed_items": "Items that are new, changed or deleted behind the release.",
+    "ranktower_changes_behind_seconds": "For how long a change has been in the log that is not served; 0 for none.",
+    "ranktower_dead_changes": "Changes behind the release that its bundle could not take.",
+}
+
 SERVER_TIMING = ", ".join(f"{stage};dur=%.3f" for stage in STAGES)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # series without use that the documentation does not have
@@ -104,6 +111,9 @@ class Telemetry:
             **within,
         )
         self._add_rollout(within)
+        self._watermark, self._changed, self._behind, self._dead = (
+            Gauge(name, text, multiprocess_mode="livemostrecent", **within) for name, text in CHANGES.items()
+        )
         user_cache = Counter(
             "ranktower_user_cache_total", "Looks into the cache of user records, by result.", ["result"], **within
         )
@@ -225,6 +235,13 @@ class Telemetry:
             self._releases.labels(*self._serving).set(0)
         self._releases.labels(release, bundle).set(1)
         self._serving = (release, bundle)
+
+    def serve_changes(self, watermark: int, changed: int, behind_s: float, dead: int) -> None:
+        """What the release that serves knows of the changes behind it, told just before the metrics are."""
+        self._watermark.set(watermark)
+        self._changed.set(changed)
+        self._behind.set(behind_s)
+        self._dead.set(dead)
 
     def render(self, staleness_s: float | None) -> bytes:
         """All metrics in the Prometheus text format."""

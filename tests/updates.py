@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.changes import Embedded, Folded, decode_embedded, records_log
+from cache.changes import Embedded, Fold, decode_embedded, records_log
 from cache.snapshot import Snapshot
 from cache.store import ReleaseStore
 from model.bundle import Bundle
@@ -38,10 +38,12 @@ def embedded(store: ReleaseStore, bundle_id: str) -> list[Embedded]:
     return [decode_embedded(entry) for entry in store.log(records_log(bundle_id)).read(0, 1_000_000)]
 
 
-def folded(store: ReleaseStore, bundle: Bundle, watermark: int) -> Folded:
+def folded(store: ReleaseStore, bundle: Bundle, watermark: int) -> Fold:
     """What a replica with a release of that watermark knows."""
-    start = Folded.start(watermark, bundle.spec.item_id_type, bundle.head.item_size)
-    return start.plus(embedded(store, bundle.id))
+    fold = Fold(watermark, bundle.spec.item_id_type, bundle.head.item_size)
+    for entry in embedded(store, bundle.id):
+        fold.add(entry)
+    return fold
 
 
 def records_of(path: Path, bundle: Bundle, ids: list[Any]) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 import pytest
 
-from benchmarks import lineup, memory, plots
+from benchmarks import changes, lineup, memory, plots
 from benchmarks.checks import Item, Referee, Stored, drawn
 from benchmarks.client import AnswerError, Line, closed_loop, request_bytes
 from benchmarks.contestants import Course, Ranking
@@ -128,6 +128,19 @@ def test_training_is_measured_for_every_network_and_every_part_of_a_step(train_r
         assert sum(row[part] for part in PARTS) == pytest.approx(1, abs=1e-3)
     assert found["bars"][0]["value"] == max(row["draw"] for row in found["rows"])
     assert "ranktower" in train_run
+
+
+def test_updates_are_timed_until_they_are_in_the_answers(folder: Path, made: Made) -> None:
+    run("changes", folder)
+    (row,) = read(folder / "changes-tiny.json")["rows"]
+    assert (row["rate"], row["lost"]) == (500, 0)
+    assert 0 < row["visible_p50_ms"] <= row["visible_p99_ms"]
+    assert 0 < row["rank_p50_ms"] <= row["rank_p99_ms"]
+
+
+def test_an_update_is_visible_with_the_first_answer_that_names_it_or_a_later_one() -> None:
+    appended, seen = [(1.0, 10), (2.0, 20), (3.0, 30)], [(1.5, 12), (3.25, 30)]
+    assert changes.delays_ms(appended, seen) == [500.0, 1250.0, 250.0]
 
 
 def test_results_name_the_machine_but_no_path_of_it(

@@ -21,7 +21,7 @@ from cache.changes import (
     Deleted,
     Embedded,
     Entry,
-    Folded,
+    Fold,
     Upserted,
     decode_change,
     decode_dead,
@@ -437,10 +437,10 @@ def random_history(rng: random.Random, kinds: str) -> list[Embedded]:
     return line
 
 
-def state(folded: Folded) -> tuple[dict[int | str, float], set[int | str]]:
-    assert folded.records.shape == (len(folded.ids), 3)
-    assert (folded.records == folded.records[:, :1]).all()
-    upserts = dict(zip(listed(folded.ids), folded.records[:, 0].tolist(), strict=True))
+def state(folded: Fold) -> tuple[dict[int | str, float], set[int | str]]:
+    assert folded.rows.shape == (len(folded.ids), 3)
+    assert (folded.rows == folded.rows[:, :1]).all()
+    upserts = dict(zip(listed(folded.ids), folded.rows[:, 0].tolist(), strict=True))
     deleted = listed(folded.deleted)
     assert len(upserts) == len(folded.ids)
     assert len(set(deleted)) == len(deleted)
@@ -478,24 +478,30 @@ def test_however_entries_come_they_sum_to_the_latest_of_each_item(kinds: str, se
     for entry in line:  # a second writer, behind the first by some
         log.append(entry)
         log.extend(each for each, _ in zip(slow, range(rng.randint(0, 2)), strict=False) if each.until <= entry.until)
-    folded = Folded.start(watermark, "int" if kinds == "int" else "string", 3)
-    while log:
-        size = rng.randint(0, 6)
-        before = folded
-        was = state(before)
-        folded = folded.plus(log[:size])
-        assert state(before) == was  # the old one stays as it was
-        log = log[size:]
-    assert folded.watermark == line[-1].until
-    assert state(folded) == expected(line, watermark)
+    fold = Fold(watermark, "int" if kinds == "int" else "string", 3)
+    known = [entry for entry in log if fold.add(entry)]
+    assert fold.watermark == line[-1].until
+    assert state(fold) == expected(line, watermark)
+    assert [entry.until for entry in known] == sorted({entry.until for entry in known})
 
 
 def test_what_does_not_follow_is_not_taken() -> None:
-    folded = Folded.start(10, "int", 3)
+    fold = Fold(10, "int", 3)
     ids = np.array([1])
     gap = Embedded(since=11, after=11, until=20, ids=ids, records=None)
     old = Embedded(since=0, after=0, until=10, ids=ids, records=None)
-    assert folded.plus([gap, old]).watermark == 10
-    assert len(folded.plus([gap, old])) == 0
+    assert [fold.add(gap), fold.add(old)] == [False, False]
+    assert (fold.watermark, len(fold)) == (10, 0)
     across = Embedded(since=0, after=5, until=15, ids=ids, records=None)
-    assert folded.plus([gap, across, gap]).watermark == 20
+    assert [fold.add(gap), fold.add(across), fold.add(gap)] == [False, True, True]
+    assert fold.watermark == 20
+
+
+def test_what_cannot_be_packed_changes_nothing() -> None:
+    def refuse(records: np.ndarray) -> np.ndarray:
+        raise KeyError
+
+    fold = Fold(0, "int", 3, refuse)
+    with pytest.raises(KeyError):
+        fold.add(Embedded(since=0, after=0, until=9, ids=np.array([1]), records=np.zeros((1, 3), np.float32)))
+    assert (fold.watermark, len(fold)) == (0, 0)

@@ -16,6 +16,7 @@ from cache.errors import StoreError
 from cache.redis_store import RedisStore
 from cache.release import read_release, verify_release
 from cache.rollout import NOTHING, Change, Live
+from tests.changed import embedded, happened
 from tests.integration.test_stores import LEASE_S, PASSWORD, allow
 from tests.redis_server import (
     NOBODY,
@@ -32,6 +33,7 @@ from tests.redis_server import (
     write_certificates,
 )
 from tests.releases import SPEC_ID, write_release, write_users
+from tests.tiny_releases import publish, tiny_release
 
 
 @pytest.fixture(scope="module")
@@ -386,9 +388,16 @@ def test_a_reader_may_do_what_a_replica_needs_and_no_more(folders: list[Path], t
         assert [info.id for info in reader.list()] == [name]
         assert verify_release(reader.fetch(name, tmp_path / "cache")).id == name
         assert reader.fetch_users(SPEC_ID, tmp_path / "cache") is not None
+        made = tiny_release(tmp_path / "made")
+        later = reader.fetch(publish(made, writer), tmp_path / "cache")
+        for _ in range(2):  # with nothing new, too
+            embedded(writer, made, 0, happened(writer), made.item_ids[:1])
+            assert reader.fetch_changes(later, tmp_path / "cache").overlay is not None
         for verb in (reader.check_writable, lambda: reader.publish(folders[0]), lambda: reader.activate(name)):
             with pytest.raises(StoreError, match=r"NOPERM.*docs/stores\.md"):
                 verb()
+        with pytest.raises(StoreError, match=r"NOPERM.*docs/stores\.md"):
+            happened(reader)
         with pytest.raises(StoreError, match=r"NOPERM.*docs/stores\.md"):
             RedisStore(f"redis://reader:{PASSWORD}@{server.address}?prefix=other").current()
         for store in (reader, writer):

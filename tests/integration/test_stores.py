@@ -20,14 +20,17 @@ from urllib.parse import unquote
 import pytest
 from redis import Redis
 
+from cache.changes import Newer
 from cache.errors import RolloutRefused, StoreError, UnknownRelease
 from cache.file_store import FileStore
+from cache.overlay import Overlay
 from cache.redis_client import connect, read_url
 from cache.redis_store import RedisStore
 from cache.release import CHUNK_BYTES, ITEMS, RELEASE, Release, created_at, read_release, verify_release
 from cache.rollout import NOTHING, Change, Live, Shadow, this_user, weights
 from cache.snapshot import Snapshot
 from cache.store import ReleaseStore, open_store
+from tests.changed import embedded, happened
 from tests.redis_server import (
     Certificates,
     RedisServer,
@@ -41,6 +44,7 @@ from tests.redis_server import (
     write_certificates,
 )
 from tests.releases import SPEC_ID, write_release, write_users
+from tests.tiny_releases import publish, tiny_release
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "pa%2Fss%40w%3Ard"  # as it is written in a URL
@@ -273,6 +277,28 @@ def test_a_reader_keeps_the_files_of_a_pruned_release(place: Place, folders: lis
     snapshot = Snapshot.open(place.fetch(a) / ITEMS)
     assert place.open().prune(1) == [a]
     snapshot.verify()
+
+
+# --- what came after a release ---------------------------------------------------------------------------------------
+
+
+def test_what_came_after_a_release_is_fetched_with_it(place: Place, tmp_path: Path) -> None:
+    """Every command of a log names one key: in a cluster, too."""
+    made = tiny_release(tmp_path / "made")
+    writer, reader = place.open(), place.open()
+    folder = reader.fetch(publish(made, writer), tmp_path / "cache")
+    assert reader.fetch_changes(folder, tmp_path / "cache") == Newer()
+    end = happened(writer)
+    embedded(writer, made, 0, end - 1, made.item_ids[:2], 4.0)
+    embedded(writer, made, end - 1, end, made.item_ids[2:3])
+    late = place.open()
+    newer = late.fetch_changes(folder, tmp_path / "cache")
+    assert newer.overlay is not None
+    overlay = Overlay.open(newer.overlay)
+    assert (overlay.watermark, overlay.held, overlay.deleted) == (end, 2, 1)
+    assert (newer.behind_since_s, newer.dead) == (None, 0)
+    late.close()
+    assert not newer.overlay.exists()
 
 
 # --- waiting ---------------------------------------------------------------------------------------------------------

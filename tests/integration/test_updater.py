@@ -127,12 +127,13 @@ def test_updates_give_the_records_of_a_full_publish_bit_for_bit(shop: Shop, url:
     changed = [*table["item_id"].slice(10, 40).to_pylist(), fresh(0, shop)]
     assert set(found.ids.tolist()) == set(changed) - set(gone)
     wanted = records_of(full.fetch(name, tmp_path / "fetched") / ITEMS, bundle, found.ids.tolist())
-    np.testing.assert_array_equal(found.records, wanted)
+    np.testing.assert_array_equal(found.rows, wanted)
 
 
 def test_a_new_bundle_gets_the_changes_behind_its_watermark_before_it_is_current(
-    plain: Shop, other: Path, url: str, tmp_path: Path
+    plain: Shop, other: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cache.watermarks.EXPORT_S", 0.0)  # this file is written in no time
     store, table = open_store(url), pq.read_table(plain.items)
     publish(store, plain.bundle, plain.items)
     run(
@@ -202,7 +203,7 @@ def test_two_updaters_at_once_and_killed_ones_lose_nothing(
     name = publish(full, plain.bundle, write(tmp_path / "whole.parquet", whole))
     assert set(found.ids.tolist()) == set(latest)
     wanted = records_of(full.fetch(name, tmp_path / "fetched") / ITEMS, bundle, found.ids.tolist())
-    np.testing.assert_array_equal(found.records, wanted)
+    np.testing.assert_array_equal(found.rows, wanted)
     assert len(embedded(store, bundle.id)) > 30  # some came twice
 
 

@@ -20,7 +20,7 @@ from cache.intake import append_deletes
 from cache.release import seal_release
 from cache.store import ReleaseStore, open_store
 from cache.updater import Updater
-from cache.watermarks import check_watermark, lowest_watermarks, trim_changes, watermark_of
+from cache.watermarks import EXPORT_S, check_watermark, lowest_watermarks, trim_changes, watermark_of
 from tests.redis_server import redis_server
 from tests.tiny_releases import TinyRelease, tiny_release
 from tests.updates import embedded, folded
@@ -68,13 +68,15 @@ def run(*arguments: object) -> str:
 # --- finding it ------------------------------------------------------------------------------------------------------
 
 
-def test_an_items_file_contains_what_was_appended_before_it_was_written(store: ReleaseStore, tmp_path: Path) -> None:
+def test_an_items_file_contains_what_was_appended_before_it_can_have_been_begun(
+    store: ReleaseStore, tmp_path: Path
+) -> None:
     items = tmp_path / "items.parquet"
     items.touch()
     assert watermark_of(store, items, None) == 0  # no log
     deleted(store, 3)
     entries = store.log(CHANGES).read(0, 9)
-    for seconds, after in ((-10, 0), (10, 3)):
+    for seconds, after in ((-10, 0), (10, 0), (EXPORT_S - 10, 0), (EXPORT_S + 10, 3)):
         moment = entries[0].at_ms / 1000 + seconds
         os.utime(items, (moment, moment))
         watermark = watermark_of(store, items, None)
@@ -90,6 +92,20 @@ def test_a_given_watermark_lies_in_the_log(store: ReleaseStore, tmp_path: Path) 
     for wrong in (-1, positions[1] + 1):
         with pytest.raises(StoreError, match=f"--watermark {wrong} is not in the log .* ends at {positions[1]}"):
             watermark_of(store, items, wrong)
+
+
+def test_an_items_file_contains_what_all_releases_do(
+    store: ReleaseStore, releases: list[TinyRelease], tmp_path: Path
+) -> None:
+    """Though it was written within the hour: else no publish could follow one that was told its watermark."""
+    positions = deleted(store, 3)
+    published(store, releases[0], positions[1])
+    trim_changes(store)
+    items = tmp_path / "items.parquet"
+    items.touch()
+    moment = store.log(CHANGES).read(positions[1], 9)[0].at_ms / 1000 + 10
+    os.utime(items, (moment, moment))
+    assert watermark_of(store, items, None) == positions[1]
 
 
 def test_an_items_file_older_than_the_trimmed_log_is_refused(

@@ -374,6 +374,7 @@ def test_readyz_tells_release_kernel_and_store(client: httpx.Client, service: Ru
     assert state["store"]["reachable"] is True
     assert state["store"]["failure"] is None
     assert 0 <= state["store"]["staleness_s"] < TIMEOUT_S
+    assert state["changes"] == {"watermark": 0, "items": 0, "behind_s": 0.0, "dead": 0}
 
 
 def test_a_new_release_and_new_users_are_taken_over_while_serving(tmp_path: Path) -> None:
@@ -417,6 +418,7 @@ def test_metrics_count_requests_by_route_and_status(made: TinyRelease, tmp_path:
         f'ranktower_release_info{{bundle="{release.bundle.id}",release="{release.release}"}} 1.0',
         "ranktower_refresh_failures_total 0.0",
         "ranktower_staleness_seconds ",
+        "ranktower_changes_behind_seconds 0.0",
     ):
         assert line in text
 

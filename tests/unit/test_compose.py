@@ -214,3 +214,12 @@ def test_compose_itself_accepts_the_file() -> None:
         pytest.skip("no docker compose here")
     for profile in ("load", "metrics"):
         subprocess.run([docker, "compose", "--profile", profile, "config", "--quiet"], check=True, cwd=ROOT)
+
+
+def test_redis_keeps_what_is_nowhere_else() -> None:
+    command = SERVICES["redis"]["command"]
+    options = dict(zip(command[1::2], command[2::2], strict=True))
+    assert options["--appendonly"] == "yes"
+    assert options["--appendfsync"] == "everysec"
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert SERVICES["redis"]["volumes"] == ["redis-data:/data"]

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from cache.changes import Newer
 from cache.durable import holding, replace_file
 from cache.errors import Awaited, StoreError
 from cache.file_store import FileStore
 from cache.mirror import VIEW, LocalRelease, LocalUsers, Mirror, MirrorStore, View, read_view
+from cache.overlay import Overlay
 from cache.release import Progress, drop_cached, no_progress
 from cache.rollout import NOTHING, Change, Live
 from cache.store import Names
+from tests.changed import embedded, happened
 from tests.tiny_releases import TinyRelease, publish, tiny_release, tiny_spec
 
 TIMEOUT_S = 20.0
@@ -49,6 +52,10 @@ class Copying(FileStore):
         cache_dir.mkdir(exist_ok=True)
         copied = shutil.copytree(super().fetch(release_id, cache_dir), cache_dir / release_id)
         return Path(copied)
+
+    def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
+        self._may("fetch_changes")
+        return super().fetch_changes(folder, cache_dir)
 
     def fetch_users(self, *arguments: Any) -> Path | None:
         self._may("fetch_users")
@@ -237,6 +244,91 @@ def test_users_of_another_specification_than_those_here_are_not_known(
     subject.wait(NOTHING, 0.0)
     with pytest.raises(StoreError, match=f"users of specification {old.spec.id} are no longer followed"):
         subject.users_version(old.spec.id)
+
+
+# --- what came after a release
+
+
+@pytest.fixture
+def without_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache.follow.REST", 0.0)
+
+
+@pytest.mark.usefixtures("without_rest")
+def test_overlays_are_told_to_readers(store: Copying, mirror: Mirror, folder: Path, tmp_path: Path) -> None:
+    release = made(tmp_path, 1)
+    name = publish(release, store)
+    mirror.look(0.0)
+    subject = reader(folder)
+    assert subject.wait(None, 0.0) == name
+    place = subject.fetch(name, tmp_path)
+    assert subject.fetch_changes(place, tmp_path) == Newer()
+    end = happened(store)
+    mirror.look(0.0)
+    assert subject.wait(name, 0.0) == name
+    behind = subject.fetch_changes(place, tmp_path)
+    assert behind.overlay is None
+    assert behind.behind_since_s is not None
+    embedded(store, release, 0, end, [101])
+    mirror.look(0.0)
+    assert subject.wait(name, TIMEOUT_S) == name
+    newer = subject.fetch_changes(place, tmp_path)
+    assert newer.overlay is not None
+    assert Overlay.open(newer.overlay).watermark == end
+    assert newer.behind_since_s is None
+    assert subject.fetch_changes(tmp_path / "another", tmp_path) == Newer()
+
+
+@pytest.mark.usefixtures("without_rest")
+def test_a_release_is_told_together_with_what_came_after_it(
+    store: Copying, mirror: Mirror, folder: Path, tmp_path: Path
+) -> None:
+    """Else readers would go back to what was changed."""
+    first, second = made(tmp_path, 1), made(tmp_path, 2)
+    publish(first, store)
+    mirror.look(0.0)
+    end = happened(store)
+    embedded(store, second, 0, end, [101])
+    told: list[View] = []
+    whole = mirror._tell
+
+    def tell(**changes: Any) -> None:
+        whole(**changes)
+        told.append(mirror.view)
+
+    mirror._tell = tell  # type: ignore[method-assign]
+    name = publish(second, store)
+    mirror.look(0.0)
+    assert next(view.releases[name].overlay for view in told if name in view.releases) is not None
+
+
+@pytest.mark.usefixtures("without_rest")
+def test_changes_that_cannot_be_had_keep_a_new_release_away_but_not_the_first(
+    store: Copying, mirror: Mirror, folder: Path, tmp_path: Path
+) -> None:
+    store.broken.add("fetch_changes")
+    first = publish(made(tmp_path, 1), store)
+    mirror.look(0.0)
+    assert list(mirror.view.releases) == [first]
+    assert "fetch_changes fails" in (mirror.view.failure or "")
+    publish(made(tmp_path, 2), store)
+    mirror.look(0.0)
+    assert list(mirror.view.releases) == [first]
+    assert "fetch_changes fails" in (mirror.view.failure or "")
+
+
+@pytest.mark.usefixtures("without_rest")
+def test_while_a_release_cannot_be_had_the_one_before_follows_changes(
+    store: Copying, mirror: Mirror, tmp_path: Path
+) -> None:
+    first = made(tmp_path, 1)
+    name = publish(first, store)
+    mirror.look(0.0)
+    store.broken.add("fetch")
+    publish(made(tmp_path, 2), store)
+    embedded(store, first, 0, happened(store), [101])
+    mirror.look(0.0)
+    assert mirror.view.releases[name].overlay is not None
 
 
 # --- what fails

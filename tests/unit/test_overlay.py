@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,15 +19,10 @@ from kernel.reference import score
 from model.features import IdType
 from service.errors import ReleaseError
 from service.ranker import Ranker
+from tests.changed import records_of
 from tests.tiny_releases import TinyRelease, item_id, tiny_release
 
 CHANGED, NEW, DELETED = (3, 17), (60, 61, 62), (5, 9)  # numbers of items
-
-
-def records_of(made: TinyRelease, ids: Sequence[Any], price: float) -> np.ndarray:
-    """What the item tower makes of items at a price."""
-    columns: dict[str, Any] = {"item_id": list(ids), "price": np.full(len(ids), price)}
-    return made.bundle.item_tower().embed(made.spec.encode("item", columns, len(ids)))
 
 
 def overlay_of(made: TinyRelease, folder: Path, *, watermark: int = 7, dtype: Dtype = "f32") -> Overlay:
@@ -99,6 +92,27 @@ def test_retrieval_sees_the_overlay(tmp_path: Path) -> None:
     assert ranked.explanation is not None
     assert found.explanation is not None
     np.testing.assert_array_equal(ranked.explanation.item_heads, found.explanation.item_heads)
+
+
+def test_a_retrieval_searches_for_more_where_most_is_deleted(tmp_path: Path) -> None:
+    made = tiny_release(tmp_path, index="flat")
+    plain = Ranker.open(made.folder, made.users, retrieval=True)
+    kept = made.item_ids[::6]
+    path = write_overlay(
+        tmp_path,
+        bundle_id=made.bundle.id,
+        id_type="int",
+        layout=item_layout(made.head, "f32"),
+        ids=[],
+        records=np.empty((0, made.head.item_size), np.float32),
+        deleted=[item for item in made.item_ids if item not in kept],
+        watermark=3,
+    )
+    ranker = plain.with_overlay(Overlay.open(path))
+    body = dumps({"user_id": made.user_ids[0], "top_k": 60, "per_head": 20})
+    found = ranker.retrieve(ranker.decoders.retrieve(body)).ids
+    before = [item for item in plain.retrieve(plain.decoders.retrieve(body)).ids if item in kept]
+    assert set(before) < set(found) <= set(kept)
 
 
 def test_an_overlay_of_another_bundle_or_from_before_the_release_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cache import retry
-from cache.errors import Awaited, StoreError
+from cache.changes import DEAD, DeadLetter, Newer, encode_dead
+from cache.errors import Awaited, SnapshotError, StoreError
 from cache.file_store import FileStore
 from cache.release import BUNDLE
 from cache.rollout import Change, Live
@@ -20,6 +21,7 @@ from service.errors import NotReady
 from service.ranker import Ranker
 from service.refresh import Refresher
 from service.wire import RankRequest
+from tests.changed import embedded, happened
 from tests.tiny_releases import publish, tiny_release, tiny_spec, write_users
 
 TIMEOUT_S = 20.0
@@ -34,6 +36,8 @@ class Flaky(FileStore):
         self.fetched: list[str] = []
         self.surprises: list[Exception] = []
         self.users_asked = 0
+        self.changes_asked = 0
+        self.newer: Newer | None = None  # what is said instead of what is so
         self.kept: list[set[str]] = []  # what local copies may stay, each time some are dropped
         self.wrong_users: Path | None = None  # the table to hand out instead of the right one
         self.awaited: Awaited | None = None  # what is said of any release
@@ -54,6 +58,11 @@ class Flaky(FileStore):
             raise self.awaited
         self.fetched.append(release_id)
         return super().fetch(release_id, *arguments)
+
+    def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
+        self.changes_asked += 1
+        self._may("fetch_changes")
+        return self.newer or super().fetch_changes(folder, cache_dir)
 
     def fetch_users(self, *arguments: Any) -> Path | None:
         self.users_asked += 1
@@ -354,6 +363,85 @@ def test_stopping_ends_the_thread(store: Flaky, tmp_path: Path) -> None:
     with started(refresher(store, tmp_path)) as until:
         until(lambda standing: standing.reachable)
     assert not any(thread.name == "refresh" for thread in threading.enumerate())
+
+
+# --- what came after a release
+
+
+def test_changes_are_served_within_one_swap_of_the_ranker(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.follow.REST", 0.0)
+    made = tiny_release(tmp_path / "made")
+    subject = refresher(store, tmp_path)
+    subject.take_over(publish(made, store))
+    before, request = subject.ranker(), RankRequest[int, int](candidates=[100, 101, 900])
+    end = happened(store)
+    assert subject.follow_changes()
+    assert subject.ranker() is before
+    assert subject.standing.behind_s() > 0
+    embedded(store, made, 0, end - 1, [900], 4.0)
+    embedded(store, made, end - 1, end, [100])
+    assert subject.follow_changes()
+    ranking = subject.ranker().rank(request)
+    assert (ranking.watermark, sorted(ranking.ids[:2]), ranking.missing.tolist()) == (end, [101, 900], [100])
+    assert (subject.standing.behind_s(), subject.standing.swaps) == (0.0, 1)
+    assert before.rank(request).missing.tolist() == [900]
+    after = subject.ranker()
+    assert subject.follow_changes()
+    assert subject.ranker() is after
+
+
+def test_a_started_refresher_follows_changes_and_counts_the_dead(store: Flaky, tmp_path: Path) -> None:
+    made = tiny_release(tmp_path / "made")
+    release = publish(made, store)
+    letter = DeadLetter(bundle_id=made.bundle.id, position=3, id=1, reason="r")
+    with started(refresher(store, tmp_path)) as until:
+        until(serves(release))
+        embedded(store, made, 0, 3, [100])
+        store.log(DEAD).append([encode_dead([letter])])
+        until(lambda standing: standing.ranker.watermark == 3 and standing.dead == 1)
+
+
+def test_less_than_what_is_served_is_not_taken(store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache.follow.REST", 0.0)
+    made = tiny_release(tmp_path / "made")
+    subject = refresher(store, tmp_path)
+    embedded(store, made, 0, 2, [100])
+    subject.take_over(publish(made, store))
+    earlier = store.fetch_changes(subject.ranker().items.path.parent, tmp_path / "cache")
+    embedded(store, made, 2, 4, [101])
+    subject.follow_changes()
+    store.newer = earlier
+    subject.follow_changes()
+    assert subject.ranker().watermark == 4
+
+
+def test_changes_that_cannot_be_had_wait_their_time_and_leave_what_serves(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    store.broken.add("fetch_changes")
+    first = publish(tiny_release(tmp_path / "1", seed=1), store)
+    subject.take_over(first)  # with nothing to serve it begins without
+    assert subject.ranker().release == first
+    assert "fetch_changes fails" in (subject.standing.failure or "")
+    with pytest.raises(StoreError, match="fetch_changes fails"):
+        subject.follow_changes()
+    asked = store.changes_asked
+    assert subject.follow_changes() is False
+    assert store.changes_asked == asked
+    with pytest.raises(StoreError, match="fetch_changes fails"):
+        subject.take_over(publish(tiny_release(tmp_path / "2", seed=2), store))
+    assert subject.ranker().release == first
+
+
+def test_an_overlay_that_is_gone_leaves_what_serves(store: Flaky, tmp_path: Path) -> None:
+    subject = refresher(store, tmp_path)
+    subject.take_over(publish(tiny_release(tmp_path / "made"), store))
+    before = subject.ranker()
+    store.newer = Newer(overlay=tmp_path / "7-0.snap")
+    with pytest.raises(SnapshotError, match=r"7-0\.snap cannot be opened"):
+        subject.follow_changes()
+    assert subject.ranker() is before
 
 
 # --- canaries and shadow

@@ -39,6 +39,14 @@ def test_only_the_newest_release_is_marked_as_serving() -> None:
     assert "ranktower_staleness_seconds 1.5" in text
 
 
+def test_what_is_known_of_changes_is_told() -> None:
+    telemetry = Telemetry()
+    telemetry.serve_changes(7, 3, 0.25, 2)
+    text = telemetry.render(None).decode()
+    for line in ("watermark 7.0", "changed_items 3.0", "changes_behind_seconds 0.25", "dead_changes 2.0"):
+        assert f"ranktower_{line}\n" in text
+
+
 def test_no_series_tells_when_another_was_created() -> None:
     telemetry = Telemetry()
     telemetry.observe_stages(StageClock())

@@ -260,18 +260,18 @@ def test_overlays_are_told_to_readers(store: Copying, mirror: Mirror, folder: Pa
     name = publish(release, store)
     mirror.look(0.0)
     subject = reader(folder)
-    assert subject.wait(None, 0.0) == name
+    assert subject.wait(NOTHING, 0.0).current == name
     place = subject.fetch(name, tmp_path)
     assert subject.fetch_changes(place, tmp_path) == Newer()
     end = happened(store)
     mirror.look(0.0)
-    assert subject.wait(name, 0.0) == name
+    assert subject.wait(Live(current=name), 0.0).current == name
     behind = subject.fetch_changes(place, tmp_path)
     assert behind.overlay is None
     assert behind.behind_since_s is not None
     embedded(store, release, 0, end, [101])
     mirror.look(0.0)
-    assert subject.wait(name, TIMEOUT_S) == name
+    assert subject.wait(Live(current=name), TIMEOUT_S).current == name
     newer = subject.fetch_changes(place, tmp_path)
     assert newer.overlay is not None
     assert Overlay.open(newer.overlay).watermark == end

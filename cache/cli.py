@@ -39,7 +39,7 @@ from cache.release import Progress as Report
 from cache.rollout import Audited, Change, Live, shares_told, told
 from cache.snapshot import Snapshot
 from cache.store import ReleaseInfo, ReleaseStore, open_store
-from cache.watermarks import check_watermark, trim_changes, watermark_of
+from cache.watermarks import check_change, check_watermark, trim_changes, watermark_of
 from kernel.head import HeadSpec
 from model.errors import DataError
 
@@ -212,8 +212,9 @@ def _mark(info: ReleaseInfo, live: Live) -> str:
 def activate_release(release: str, store: StoreUrl = DEFAULT_STORE) -> None:
     """Make a release the current one."""
     target = open_store(store)
-    before = target.current()
-    target.activate(release)
+    before, change = target.current(), Change(verb="activate", release=release)
+    check_change(target, change)
+    target.change(change)
     console.print(f"current is {release}, was {before or 'none'}")
 
 
@@ -262,6 +263,7 @@ def rollback_release(store: StoreUrl = DEFAULT_STORE) -> None:
 
 def _change(store: str, change: Change) -> Audited | None:
     target = open_store(store)
+    check_change(target, change)
     made = target.change(change)
     live = told(target.live())
     console.print(f"live is {live}" if made is not None else f"nothing to change: live is {live}")

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from cache.errors import RolloutRefused, StoreError, UnknownRelease
 from cache.rollout import Change, Live, Verb, weights
 from cache.store import open_store
+from cache.watermarks import check_change
 from service.errors import AdminOff, ChangeRefused, RequestError, StoreFailed, Unauthorized
 from service.schema import ChangeBody
 from service.settings import Settings
@@ -44,6 +45,7 @@ class Admin:
         change = read_change(verb, body)
         store = open_store(self._url)
         try:
+            check_change(store, change)
             made = store.change(change, by=caller)
             return {"change": None if made is None else asdict(made), "live": tell_live(store.live())}
         except (RolloutRefused, UnknownRelease) as error:

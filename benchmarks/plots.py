@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel, memory, report, scoring, service, train
+from benchmarks import kernel, memory, releases, report, scoring, service, train
 from benchmarks.lineup import ENTRIES
 from benchmarks.svg import Points, chart
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     page = given.docs / "performance.md"
     text = page.read_text()
-    for name in ("service", "memory", "kernel", "train"):
+    for name in ("service", "memory", "kernel", "train", "releases"):
         path = given.results / (f"{name}.json" if given.size == "full" else f"{name}-{given.size}.json")
         if not path.is_file():
             print(f"{path.name} is not there: its tables and plots stay as they are (make bench-{name})")
@@ -92,11 +92,17 @@ def _train_tables(rows: Rows) -> Tables:
     yield "train-rows", train.HEADS, train.cells(rows)
 
 
+def _releases_tables(rows: Rows) -> Tables:
+    for block, (heads, cells) in zip(("publish", "replica", "towers"), releases.tables(rows), strict=True):
+        yield f"releases-{block}", heads, cells
+
+
 TABLES: dict[str, Callable[[Rows], Tables]] = {
     "service": _service_tables,
     "memory": _memory_tables,
     "kernel": kernel.tables,
     "train": _train_tables,
+    "releases": _releases_tables,
 }
 
 
@@ -105,7 +111,7 @@ TABLES: dict[str, Callable[[Rows], Tables]] = {
 
 def plots(name: str, rows: Rows) -> Iterable[tuple[str, str]]:
     """Names and drawings: latency by number of candidates, and by size of the catalogue."""
-    if name in ("memory", "train"):
+    if name in ("memory", "train", "releases"):
         return
     rows = kernel.plotted(rows) if name == "kernel" else [row for row in rows if row["kind"] == "closed"]
     time = "p50_us" if name == "service" else "median_us"

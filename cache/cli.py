@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,13 +46,14 @@ from kernel.head import HeadSpec
 from model.errors import DataError
 
 if TYPE_CHECKING:
+    from cache.embed import Engine
     from model.features import FeatureSpec
 
 DEFAULT_STORE = "file://./var/releases"
 BYTES_STAGES = ("publish", "verify")
 CANDIDATES_PER_HEAD = [50, 100, 200, 500, 1000, 2000]
 RECALL_AT, RECALL_WANTED = 100, 0.95
-LOCK = ".lock"
+LOCK, ORDER = ".lock", "order.json"
 UPDATES = "update"  # the corner of the cache where bundles lie that are embedded with
 DEAD_ENTRIES = 16  # read at a time
 NOT_CURRENT = "not current: see `ranktower releases activate`"
@@ -69,9 +72,28 @@ StoreUrl = Annotated[
 ]
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Bundle folder, as `ranktower export` writes it.")]
 WorkFolder = Annotated[Path, typer.Option("--work", help="Folder to build in.")]
-IdColumn = Annotated[str | None, typer.Option(help="Column of the item ids, if not that of the log.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads that run the item tower; as many as processors.")]
 CacheDir = Annotated[Path, typer.Option("--cache", help="Where releases from a remote store are kept locally.")]
+RecordType = Annotated[
+    DtypeChoice,
+    typer.Option(
+        help="Of the records; auto takes the smallest that keeps 99 % of the top 100. A head.onnx reads no int8."
+    ),
+]
+IdColumn = Annotated[str | None, typer.Option(help="Column of the item ids, if not that of the log.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads, or actors, that run the item tower; as many as processors.")
+]
+RayAddress = Annotated[str | None, typer.Option(help="host:port of the Ray cluster that this node is part of.")]
+
+
+class EngineKind(StrEnum):
+    """Where the item tower runs."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+EngineChoice = Annotated[EngineKind, typer.Option(help="Who runs the item tower (docs/operations.md).")]
 
 
 @app.command()
@@ -80,28 +102,25 @@ def publish(
     items: Annotated[Path, typer.Option(help="Parquet file with the id and the features of every item.")],
     store: StoreUrl = DEFAULT_STORE,
     index: Annotated[IndexKind, typer.Option(help="Index for requests without candidates.")] = IndexKind.NONE,
-    dtype: Annotated[
-        DtypeChoice,
-        typer.Option(
-            help="Of the records; auto takes the smallest that keeps 99 % of the top 100. A head.onnx reads no int8."
-        ),
-    ] = DtypeChoice.AUTO,
+    dtype: RecordType = DtypeChoice.AUTO,
     log: Annotated[Path | None, typer.Option("--users", help="Log folder whose users to publish, too.")] = None,
     activate: Annotated[bool, typer.Option(help="Make the release the current one.")] = True,
     incremental: Annotated[bool, typer.Option(help="Embed only what changed since the current release.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would change, and change nothing.")] = False,
     id_column: IdColumn = None,
     watermark: Annotated[
-        int | None, typer.Option(help="Position of the log of updates that the items contain; that of the file's time.")
+        int | None, typer.Option(help="Position of the log of updates that the items contain.")
     ] = None,
     workers: Workers = None,
+    engine: EngineChoice = EngineKind.LOCAL,
+    ray_address: RayAddress = None,
     work: WorkFolder = Path("var/build"),
     cache: CacheDir = Path("var/cache"),
 ) -> None:
     """Embed the catalogue with a bundle and publish both as one release."""
     from cache.embed import build_release
 
-    target = open_store(store)
+    target, embedding = open_store(store), _engine(engine, workers, ray_address)
     before = _current(target)
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
@@ -111,21 +130,24 @@ def publish(
             _plan(bundle, items, table, before, dtype=dtype, previous=previous, id_column=id_column, progress=report)
             return
         target.check_writable()
-        with building_in(work) as folder:
+        order = _order(bundle, items, [index, dtype, id_column, str(log), previous and before and before.id, watermark])
+        with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
-            built = build_release(
-                bundle,
-                items,
-                folder / "release",
-                index=index,
-                dtype=dtype,
-                users=table or _published_users(target, bundle, cache),
-                previous=previous,
-                id_column=id_column,
-                watermark=contained,
-                workers=workers,
-                progress=report,
-            )
+            built = folder / "release"
+            if not _was_built(built):
+                build_release(
+                    bundle,
+                    items,
+                    built,
+                    index=index,
+                    dtype=dtype,
+                    users=table or _published_users(target, bundle, cache),
+                    previous=previous,
+                    id_column=id_column,
+                    watermark=contained,
+                    engine=embedding,
+                    progress=report,
+                )
             sent = _send(target, built, report)
             _catch_up(target, sent.release, cache, report)
             version = target.publish_users(table, for_users(report)) if table else None
@@ -391,6 +413,18 @@ class Sent:
         _warn_if_shrunk(release.count, made.get("removed", 0), before)
 
 
+def _engine(kind: EngineKind, workers: int | None, ray_address: str | None) -> Engine:
+    from cache.embed import on_threads
+
+    if kind is EngineKind.LOCAL:
+        return on_threads(workers)
+    try:
+        from cache.on_ray import on_ray
+    except ImportError as error:
+        raise StoreError(f"--engine ray needs Ray ({error}): pip install 'ranktower[ray]'") from error
+    return on_ray(ray_address, workers)
+
+
 def _current(store: ReleaseStore) -> ReleaseInfo | None:
     """The current release, to compare a new one with."""
     return next((info for info in store.list() if info.current), None)
@@ -421,6 +455,20 @@ def _warn_if_shrunk(count: int, removed: int, before: ReleaseInfo | None) -> Non
             f"warning: {gone:,} of the {before.count:,} items of {before.id} are gone: if that is not meant, mend the "
             "items file; `ranktower releases rollback` goes back to the release before"
         )
+
+
+def _order(bundle: Path, items: Path, options: Sequence[object]) -> str:
+    """What is to be built, in a line: the same from the same content and options; nothing where no items are."""
+    from model.bundle import hash_file, open_bundle
+
+    return json.dumps([open_bundle(bundle).id, hash_file(items), *options]) if items.is_file() else ""
+
+
+def _was_built(built: Path) -> bool:
+    """Whether `building_in` has found a release that a publisher left."""
+    if built.is_dir():
+        console.print(f"taking release {read_release(built).id}, which a publisher had built that was killed")
+    return built.is_dir()
 
 
 def _send(store: ReleaseStore, folder: Path, report: Report) -> Sent:
@@ -612,17 +660,18 @@ def _print_dead(store: ReleaseStore) -> None:
 
 
 @contextmanager
-def building_in(work: Path) -> Iterator[Path]:
+def building_in(work: Path, order: str = "") -> Iterator[Path]:
     """A folder to build in; it goes when all is well, and stays when a built release could not be stored.
 
-    Its lock is free once its publisher is dead: the next one deletes what was left. A folder that stays has no lock.
+    Its lock is free once its publisher is dead: the next one goes on with what was built to the same order, and
+    deletes what else was left. A folder that stays has no lock.
     """
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         with locked(work / LOCK):  # else another could take the folder's lock between its making and its locking
-            _sweep_builds(work)
-            folder = Path(tempfile.mkdtemp(prefix="release-", dir=work))
+            folder = _sweep_builds(work, order) or Path(tempfile.mkdtemp(prefix="release-", dir=work))
             held.enter_context(locked(folder / LOCK))
+            (folder / ORDER).write_text(order)
         try:
             yield folder
         except BaseException:
@@ -632,18 +681,41 @@ def building_in(work: Path) -> Iterator[Path]:
                     f"the built release stays in {folder / 'release'}: store it with `ranktower releases push`"
                 )
             else:
-                shutil.rmtree(folder)
+                _delete_build(work, folder)
             raise
+        _delete_build(work, folder)
+
+
+def _delete_build(work: Path, folder: Path) -> None:
+    """In an order in which nobody takes a part for a whole: what was ordered, the release, the lock."""
+    (folder / ORDER).unlink(missing_ok=True)
+    if (folder / "release").is_dir():
+        shutil.rmtree(folder / "release")
+    with locked(work / LOCK):
         shutil.rmtree(folder)
 
 
-def _sweep_builds(work: Path) -> None:
-    """Delete what killed publishers were building."""
-    for lock in sorted(work.glob(f"release-*/{LOCK}")):
-        with locked_now(lock) as dead:
-            if dead:
-                shutil.rmtree(lock.parent)
-                console.print(f"deleted {lock.parent}, which a publisher left that was killed")
+def _sweep_builds(work: Path, order: str) -> Path | None:
+    """Delete what killed publishers were building, but for one that had built a whole release to this order."""
+    found = None
+    for folder in sorted(path for path in work.glob("release-*") if path.is_dir()):
+        if not (folder / LOCK).exists():  # a publisher died before it had one, or behind it; or the folder stays
+            if {path.name for path in folder.iterdir()} <= {ORDER, USER_TABLE}:
+                shutil.rmtree(folder)
+            continue
+        with locked_now(folder / LOCK) as dead:
+            if dead and order and found is None and _is_built(folder, order):
+                found = folder
+            elif dead:
+                shutil.rmtree(folder)
+                console.print(f"deleted {folder}, which a publisher left that was killed")
+    return found
+
+
+def _is_built(folder: Path, order: str) -> bool:
+    """A release appears in its folder when it is whole; that its bytes are right is checked when it is stored."""
+    written = folder / ORDER
+    return (folder / "release").is_dir() and written.is_file() and written.read_text() == order
 
 
 def for_users(report: Report) -> Report:

@@ -2,7 +2,8 @@
 
 The tower runs on padded batches of one fixed shape, so that a record does not depend on its neighbours. With a previous
 release of the same bundle only items whose encoded input changed go through it: of each block of 32,768 rows those that
-changed are batched together, and their padding is at most 255 rows.
+changed are batched together, and their padding is at most 255 rows. An `Engine` runs the tower: the threads of this
+process (`on_threads`), or a cluster (cache/on_ray.py).
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,30 +120,44 @@ class Counts:
     removed: int = 0  # of the previous release, no longer in the catalogue
 
 
-@dataclass
-class _Tally:
-    """Counts in the making."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Items of a catalogue from row `start` on, compared with the previous release."""
 
-    previous: Previous | None
-    counts: Counts = field(default_factory=Counts)
-    found: int = 0
+    start: int
+    prints: NDArray[np.uint64]  # (b,) fingerprints of their encoded input
+    rows: NDArray[np.int32]  # (b,) of the previous release to take records from, -1 for items to embed
+    known: int  # how many the previous release has at all
+    values: NDArray[
+        Any
+    ]  # of the m items to embed: features (m, width) int32; after the tower records (m, size) float32
 
-    def add(self, ids: NDArray[Any], prints: NDArray[np.uint64]) -> NDArray[np.int32]:
-        """Rows of the previous release to take records from, -1 for items to embed."""
-        if self.previous is None:
-            rows, found = np.full(len(ids), -1, np.int32), 0
-        else:
-            rows, found = self.previous.rows(ids, prints)
-        reused = int((rows >= 0).sum())
-        self.found += found
-        self.counts = replace(
-            self.counts,
-            items=self.counts.items + len(ids),
-            embedded=self.counts.embedded + len(ids) - reused,
-            reused=self.counts.reused + reused,
-            removed=0 if self.previous is None else len(self.previous.items) - self.found,
-        )
-        return rows
+
+Engine = Callable[[Bundle, Catalogue, Previous | None], Iterator[Block]]  # every block once, in order, with records
+
+
+def compare(catalogue: Catalogue, previous: Previous | None, groups: range | None = None) -> Iterator[Block]:
+    """The blocks of the catalogue, or of some of its file's row groups, with the features of what is to be embedded."""
+    start = catalogue.first_row(groups)
+    for ids, features in catalogue.blocks(groups):
+        prints = fingerprints(features)
+        rows, known = (np.full(len(ids), -1, np.int32), 0) if previous is None else previous.rows(ids, prints)
+        yield Block(start=start, prints=prints, rows=rows, known=known, values=features[rows < 0])
+        start += len(ids)
+
+
+def _nothing_yet(previous: Previous | None) -> Counts:
+    return Counts(removed=0 if previous is None else len(previous.items))
+
+
+def _with(counts: Counts, block: Block) -> Counts:
+    fresh = len(block.values)
+    return Counts(
+        items=counts.items + len(block.rows),
+        embedded=counts.embedded + fresh,
+        reused=counts.reused + len(block.rows) - fresh,
+        removed=counts.removed - block.known,
+    )
 
 
 def plan_release(
@@ -159,11 +174,11 @@ def plan_release(
     opened = open_bundle(bundle)
     catalogue = open_catalogue(items, opened.spec, id_column)
     _, before = _choose(opened, catalogue, dtype, users, previous)
-    tally = _Tally(before)
-    for ids, features in catalogue.blocks():
-        tally.add(ids, fingerprints(features))
-        progress("compare", tally.counts.items, len(catalogue))
-    return tally.counts
+    counts = _nothing_yet(before)
+    for block in compare(catalogue, before):
+        counts = _with(counts, block)
+        progress("compare", counts.items, len(catalogue))
+    return counts
 
 
 def build_release(
@@ -177,16 +192,16 @@ def build_release(
     previous: Path | None = None,
     id_column: str | None = None,
     watermark: int = 0,
-    workers: int | None = None,
+    engine: Engine | None = None,
     progress: Progress = no_progress,
 ) -> Path:
     """Write a release folder from a bundle folder and a Parquet file of items; returns `out`, complete or not there.
 
     `dtype` is f32, f16, int8, or auto: what it costs is measured on `users` (a user table) and goes into the manifest.
-    `previous` is a release folder whose records are used again where nothing changed; `workers` threads run the tower,
-    the number of processors where absent, and the result does not depend on it. `watermark`: the position in the log of
-    changes up to which the items file contains them (cache/changes.py). Raises DataError for the items,
-    BundleError for the bundle, StoreError for the index, SnapshotError for a record that is not finite.
+    `previous` is a release folder whose records are used again where nothing changed; `engine` runs the tower, threads
+    of this process where absent, and the result does not depend on it. `watermark`: the position in the log of changes
+    up to which the items file contains them (cache/changes.py). Raises DataError for the items, BundleError for the
+    bundle, StoreError for the index, SnapshotError for a record that is not finite.
     """
     opened = open_bundle(bundle)
     kind = index_kind(index, opened.head)  # before hours of embedding
@@ -196,7 +211,7 @@ def build_release(
     with replacing_folder(out, RELEASE) as folder:
         _copy_bundle(opened, folder / BUNDLE)
         started = time.perf_counter()
-        counts = _embed(opened, catalogue, layout, before, folder, workers or os.cpu_count() or 1, progress)
+        counts = _embed(opened, catalogue, layout, before, folder, engine or on_threads(), progress)
         report = {
             "items": counts.items,
             "embedded": counts.embedded,
@@ -225,47 +240,64 @@ def _embed(
     layout: ItemLayout,
     previous: Previous | None,
     folder: Path,
-    workers: int,
+    engine: Engine,
     progress: Progress,
 ) -> Counts:
     """Write items.snap and inputs.hash."""
-    tally = _Tally(previous)
-    tower = bundle.item_tower()
+    counts, packers = _nothing_yet(previous), os.cpu_count() or 1
     with (
         SnapshotWriter(
             folder / ITEMS, kind="items", owner=bundle.id, id_type=bundle.spec.item_id_type, layout=layout
         ) as writer,
         (folder / INPUTS).open("wb") as inputs,
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(packers) as pool,
     ):
-        for ids, features in catalogue.blocks():
-            prints = fingerprints(features)
-            rows = tally.add(ids, prints)
-            _append(writer, ids, previous, rows, features, partial(run_parallel, tower, pool, workers))
-            inputs.write(prints.astype("<u8").tobytes())
-            progress("embed", tally.counts.items, len(catalogue))
+        for block in engine(bundle, catalogue, previous):
+            if block.start != counts.items:
+                raise StoreError(
+                    f"rows from {block.start} came in place of {counts.items}: publish again, and report it"
+                )
+            ids = catalogue.ids_from(block.start, len(block.rows))
+            _append(writer, ids, previous, block, partial(_pack, writer, pool, packers))
+            inputs.write(block.prints.astype("<u8").tobytes())
+            counts = _with(counts, block)
+            progress("embed", counts.items, len(catalogue))
+        if counts.items != len(catalogue):
+            raise StoreError(f"{counts.items} of {len(catalogue)} items came back: publish again, and report it")
         writer.finish()
-    return tally.counts
+    return counts
 
 
 def _append(
     writer: SnapshotWriter,
     ids: NDArray[Any],
     previous: Previous | None,
-    rows: NDArray[np.int32],
-    features: NDArray[np.int32],
-    embed: Callable[[NDArray[np.int32]], NDArray[np.float32]],
+    block: Block,
+    pack: Callable[[NDArray[Any], NDArray[np.float32]], NDArray[np.uint8]],
 ) -> None:
-    """Write a block: packed records of the previous release where rows >= 0, what `embed` makes of the others."""
-    fresh = rows < 0
+    """Write a block: packed records of the previous release where rows >= 0, the new ones elsewhere."""
+    fresh = block.rows < 0
     if previous is None or fresh.all():
-        writer.append(ids, embed(features))
+        writer.append(ids, pack(ids, block.values))
         return
     packed = np.empty((len(ids), writer.stride), np.uint8)
-    packed[~fresh] = previous.items.rows[rows[~fresh]]
+    packed[~fresh] = previous.items.rows[block.rows[~fresh]]
     if fresh.any():
-        packed[fresh] = writer.packed(ids[fresh], embed(features[fresh]))
+        packed[fresh] = pack(ids[fresh], block.values)
     writer.append(ids, packed)
+
+
+def on_threads(workers: int | None = None) -> Engine:
+    """An engine of so many threads of this process, as many as processors where absent."""
+    count = workers or os.cpu_count() or 1
+
+    def embed(bundle: Bundle, catalogue: Catalogue, previous: Previous | None) -> Iterator[Block]:
+        tower = bundle.item_tower()
+        with ThreadPoolExecutor(count) as pool:
+            for block in compare(catalogue, previous):
+                yield replace(block, values=run_parallel(tower, pool, count, block.values))
+
+    return embed
 
 
 def run_parallel(tower: Tower, pool: Executor, workers: int, features: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -273,7 +305,18 @@ def run_parallel(tower: Tower, pool: Executor, workers: int, features: NDArray[n
     batches = -(-len(features) // EMBED_BATCH)
     step = max(1, -(-batches // workers)) * EMBED_BATCH
     parts = [features[start : start + step] for start in range(0, len(features), step)]
-    return np.concatenate(list(pool.map(tower.embed, parts)))
+    return np.concatenate([np.empty((0, tower.size), np.float32), *pool.map(tower.embed, parts)])
+
+
+def _pack(
+    writer: SnapshotWriter, pool: Executor, workers: int, ids: NDArray[Any], records: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """Rows (b, stride) as the table holds them, on several threads: packing takes a microsecond an item."""
+    step = max(1, -(-len(ids) // workers))
+    parts = [slice(start, start + step) for start in range(0, len(ids), step)]
+    return np.concatenate(
+        list(pool.map(lambda part: writer.packed(ids[part], records[part], part.start), parts)), dtype=np.uint8
+    )
 
 
 def _copy_bundle(bundle: Bundle, target: Path) -> None:

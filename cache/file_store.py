@@ -31,22 +31,26 @@ from cache.durable import locked, locked_now, rename_durably, sync_tree, write_d
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.file_log import FileLog
 from cache.follow import Followers
+from cache.parallel import in_order
 from cache.release import (
     BUNDLE,
     NAME,
     RELEASE,
     USER_TABLE,
     Artifact,
+    Chunk,
     Progress,
     UserTable,
     check_chunk,
     check_sizes,
     no_progress,
-    read_chunks,
+    prepare_files,
+    read_chunk,
     read_release,
     read_users,
     seal_users,
     verify_files,
+    write_chunk,
 )
 from cache.rollout import (
     ALONE,
@@ -118,7 +122,7 @@ class FileStore:
         with self._disk():
             if _is_whole(target, release):
                 return release.id
-            with self._draft(release.id) as temporary:
+            with self._draft(release.id, resumed=True) as temporary:
                 _copy(folder, temporary, release, progress)
                 shutil.copyfile(folder / RELEASE, temporary / RELEASE)
                 sync_tree(temporary)
@@ -343,19 +347,29 @@ class FileStore:
             yield
 
     @contextmanager
-    def _draft(self, name: str) -> Iterator[Path]:
-        """A folder to fill; its lock tells `prune` that somebody is at work."""
-        temporary = self.root / "tmp" / f"{name}.{uuid.uuid4().hex[:8]}"
-        lock = _lock_of(temporary)
+    def _draft(self, name: str, *, resumed: bool = False) -> Iterator[Path]:
+        """A folder to fill, `resumed` where a dead publisher left one; its lock tells `prune` that one is at work."""
         with ExitStack() as held:
             with self._changing():  # else prune could take the lock between its making and its locking
+                left = self._left(name) if resumed else None
+                temporary = left or self.root / "tmp" / f"{name}.{uuid.uuid4().hex[:8]}"
+                lock = _lock_of(temporary)
                 held.enter_context(locked(lock))
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)
             try:
                 yield temporary
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
                 lock.unlink(missing_ok=True)
+
+    def _left(self, name: str) -> Path | None:
+        """What a dead publisher, or pruning that was cut off, has left of a release."""
+        for path in sorted((self.root / "tmp").glob(f"{name}.*")):
+            if path.is_dir() and path.suffix != ".damaged":
+                with locked_now(_lock_of(path)) as dead:
+                    if dead:
+                        return path
+        return None
 
     def _put(self, temporary: Path, target: Path, artifact: Artifact) -> None:
         """Move a complete folder into place, unless an equal one came first; a damaged one that had the name goes."""
@@ -399,15 +413,15 @@ def _is_whole(folder: Path, artifact: Artifact) -> bool:
 
 
 def _copy(source: Path, target: Path, artifact: Artifact, progress: Progress) -> None:
-    """Copy the files that the manifest names, checking every chunk on the way."""
-    done = 0
+    """Copy the files that the manifest names, but for what is there already, checking every chunk on the way."""
     check_sizes(source, artifact)
-    for file in artifact.files:
-        (target / file.path).parent.mkdir(parents=True, exist_ok=True)
-        (target / file.path).touch()
-    for chunk, content in read_chunks(source, artifact.chunks()):
-        check_chunk(artifact, chunk, content, str(source))
-        with (target / chunk.path).open("ab") as stream:
-            stream.write(content)
+    wanted = prepare_files(target, artifact)
+    done = artifact.size_bytes - sum(chunk.size for chunk in wanted)
+
+    def copy(chunk: Chunk) -> None:
+        content = check_chunk(artifact, chunk, read_chunk(source, chunk), str(source))
+        write_chunk(target, chunk, content)
+
+    for chunk, _ in zip(wanted, in_order(copy, wanted), strict=True):
         done += chunk.size
         progress("publish", done, artifact.size_bytes)

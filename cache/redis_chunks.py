@@ -1,4 +1,4 @@
-"""Move the chunks of an artifact to Redis and back: pipelines of a few chunks, every hash checked on both ways.
+"""Move the chunks of an artifact to Redis and back: a few at a time side by side, every hash checked on both ways.
 
 A publisher holds a lease while it writes and renews it with every batch: who holds none and left no manifest is dead,
 and its chunks may go. What it left is used by the next one that publishes the same artifact.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,21 @@ from redis.lock import Lock
 
 from cache.durable import locked, rename_durably, sync_tree
 from cache.errors import StoreError
-from cache.release import Artifact, Chunk, Progress, check_chunk, check_sizes, read_chunks, sha256, verify_files
+from cache.parallel import in_order
+from cache.release import (
+    Artifact,
+    Chunk,
+    Progress,
+    check_chunk,
+    check_sizes,
+    prepare_files,
+    read_chunk,
+    sha256,
+    verify_files,
+    write_chunk,
+)
 
-BATCH = 4  # chunks in flight: 8 MB on either side
+STREAMS = 4  # chunks on their way at a time, each on a connection of its own: up to 16 MB wait here, 8 MB in Redis
 
 COMMIT = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
@@ -41,10 +53,11 @@ class Manifest(NamedTuple):
 
 
 class Chunks:
-    """The chunks below `prefix`. `client` is what `redis_client.connect` returns."""
+    """The chunks below `prefix`. `client` is what `redis_client.connect` returns; `streams` chunks move at a time."""
 
-    def __init__(self, client: Any, prefix: str, url: str, lease_s: float) -> None:
+    def __init__(self, client: Any, prefix: str, url: str, lease_s: float, streams: int = STREAMS) -> None:
         self._client, self._prefix, self._url, self._lease_s = client, prefix, url, lease_s
+        self._streams = streams
 
     @property
     def prefix(self) -> str:
@@ -62,12 +75,11 @@ class Chunks:
         with self.lease(artifact.id) as lease:
             wanted = self._wanted(base, artifact, lease)
             done = artifact.size_bytes - sum(chunk.size for chunk in wanted)
-            for batch in _batches(read_chunks(folder, wanted)):
-                self._send(base, folder, artifact, batch)
+            for size in in_order(partial(self._send, base, folder, artifact), wanted, self._streams):
                 lease.reacquire()
-                done += sum(chunk.size for chunk, _ in batch)
+                done += size
                 progress("publish", done, artifact.size_bytes)
-            for _ in self._receive(base, artifact, wanted, progress):  # read back
+            for _ in self._received(partial(self._read_back, base, artifact), artifact, wanted, progress):
                 lease.reacquire()
             keys = [self._lease_name(artifact.id), manifest.place]
             if not self._client.eval(COMMIT, len(keys), *keys, lease.local.token, manifest.field, manifest.content):
@@ -76,8 +88,9 @@ class Chunks:
     def _wanted(self, base: str, artifact: Artifact, lease: Lock) -> list[Chunk]:
         """Chunks that are not there, or not as they should be."""
         wanted = set(self.missing(base, artifact))
-        for chunk, content in self._fetch(base, [chunk for chunk in artifact.chunks() if chunk not in wanted]):
-            if sha256(content or b"") != chunk.sha256:
+        there = [chunk for chunk in artifact.chunks() if chunk not in wanted]
+        for chunk, whole in zip(there, in_order(partial(self._is_stored, base), there, self._streams), strict=True):
+            if not whole:
                 wanted.add(chunk)
             lease.reacquire()
         return [chunk for chunk in artifact.chunks() if chunk in wanted]
@@ -92,12 +105,13 @@ class Chunks:
             if _is_whole(target, artifact):
                 return
             shutil.rmtree(target, ignore_errors=True)
-            partial = target.with_name(f".{target.name}.partial")
-            for chunk, content in self._receive(base, artifact, _prepare(partial, artifact), progress):
-                _write(partial / chunk.path, chunk, content)
-            (partial / raw[0]).write_bytes(raw[1])
-            sync_tree(partial)
-            rename_durably(partial, target)
+            draft = target.with_name(f".{target.name}.partial")
+            wanted = prepare_files(draft, artifact)
+            for _ in self._received(partial(self._bring, base, artifact, draft), artifact, wanted, progress):
+                pass
+            (draft / raw[0]).write_bytes(raw[1])
+            sync_tree(draft)
+            rename_durably(draft, target)
 
     def delete(self, base: str, artifact: Artifact) -> None:
         self.pipelined("UNLINK", [self.key(base, chunk) for chunk in artifact.chunks()])
@@ -155,26 +169,31 @@ class Chunks:
     def _lease_name(self, name: str) -> str:
         return f"{{{self._prefix}}}:publishing:{name}"
 
-    def _send(self, base: str, folder: Path, artifact: Artifact, batch: list[tuple[Chunk, bytes]]) -> None:
-        pipeline = self._client.pipeline(transaction=False)
-        for chunk, content in batch:
-            check_chunk(artifact, chunk, content, str(folder))
-            pipeline.set(self.key(base, chunk), content)
-        pipeline.execute()
+    # --- one chunk, on whichever thread
 
-    def _receive(
-        self, base: str, artifact: Artifact, chunks: list[Chunk], progress: Progress
-    ) -> Iterator[tuple[Chunk, bytes]]:
-        """Chunks with their bytes, every hash checked."""
+    def _send(self, base: str, folder: Path, artifact: Artifact, chunk: Chunk) -> int:
+        self._client.set(self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder)))
+        return chunk.size
+
+    def _is_stored(self, base: str, chunk: Chunk) -> bool:
+        return sha256(self._client.get(self.key(base, chunk)) or b"") == chunk.sha256
+
+    def _read_back(self, base: str, artifact: Artifact, chunk: Chunk) -> bytes:
+        """Raises StoreError, naming the chunk, unless it is as the manifest says."""
+        return check_chunk(artifact, chunk, self._client.get(self.key(base, chunk)), self._url)
+
+    def _bring(self, base: str, artifact: Artifact, folder: Path, chunk: Chunk) -> None:
+        write_chunk(folder, chunk, self._read_back(base, artifact, chunk))
+
+    def _received(
+        self, receive: Callable[[Chunk], object], artifact: Artifact, chunks: list[Chunk], progress: Progress
+    ) -> Iterator[None]:
+        """One after the other as they come, and told of."""
         done = artifact.size_bytes - sum(chunk.size for chunk in chunks)
-        for chunk, content in self._fetch(base, chunks):
-            yield chunk, check_chunk(artifact, chunk, content, self._url)
+        for chunk, _ in zip(chunks, in_order(receive, chunks, self._streams), strict=True):
+            yield
             done += chunk.size
             progress("verify", done, artifact.size_bytes)
-
-    def _fetch(self, base: str, chunks: list[Chunk]) -> Iterator[tuple[Chunk, bytes | None]]:
-        for batch in _batches(chunks):
-            yield from zip(batch, self.pipelined("GET", [self.key(base, chunk) for chunk in batch]), strict=True)
 
 
 def _is_whole(folder: Path, artifact: Artifact) -> bool:
@@ -186,29 +205,3 @@ def _is_whole(folder: Path, artifact: Artifact) -> bool:
         log.warning("%s: fetching it again", error)
         return False
     return True
-
-
-def _prepare(partial: Path, artifact: Artifact) -> list[Chunk]:
-    """Make files of full size, holes where nothing was fetched yet; returns the chunks that are still wanted."""
-    fresh = not partial.exists()
-    for file in artifact.files:
-        path = partial / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as stream:
-            stream.truncate(file.size)
-    if fresh:
-        return list(artifact.chunks())
-    found = read_chunks(partial, artifact.chunks())
-    return [chunk for chunk, content in found if sha256(content) != chunk.sha256]
-
-
-def _write(path: Path, chunk: Chunk, content: bytes) -> None:
-    with path.open("r+b") as stream:
-        stream.seek(chunk.offset)
-        stream.write(content)
-
-
-def _batches(values: Iterable[Any]) -> Iterator[list[Any]]:
-    left = iter(values)
-    while batch := list(islice(left, BATCH)):
-        yield batch

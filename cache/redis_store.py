@@ -32,7 +32,7 @@ from redis.exceptions import NoPermissionError, RedisClusterException, RedisErro
 from cache.changes import ChangeLog, Newer
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
-from cache.redis_chunks import Chunks, Manifest
+from cache.redis_chunks import STREAMS, Chunks, Manifest
 from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
@@ -139,7 +139,9 @@ class RedisStore:
 
     @cached_property
     def _chunks(self) -> Chunks:
-        return Chunks(self._client, self._address.prefix, self.url, self._lease_s)
+        most = self._address.options.get("max_connections", STREAMS + 1)  # notices keep one for themselves
+        streams = max(1, min(STREAMS, most - 1))
+        return Chunks(self._client, self._address.prefix, self.url, self._lease_s, streams)
 
     # --- releases
 

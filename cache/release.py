@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 
 from cache.durable import locked_now
 from cache.errors import StoreError
+from cache.parallel import in_order
 from cache.snapshot import Snapshot
 from kernel.head import HeadSpec
 
@@ -212,9 +214,11 @@ def _seal(folder: Path, manifest: str, body: Mapping[str, Any], now: Clock) -> b
 
 
 def _hashes(path: Path, chunk_bytes: int) -> dict[str, Any]:
+    size = path.stat().st_size
     with path.open("rb") as stream:
-        chunks = [sha256(part) for part in iter(lambda: stream.read(chunk_bytes), b"")]
-    return {"size": path.stat().st_size, "chunks": chunks}
+        handle = stream.fileno()
+        chunks = in_order(lambda at: sha256(os.pread(handle, chunk_bytes, at)), range(0, size, chunk_bytes))
+        return {"size": size, "chunks": list(chunks)}
 
 
 def sha256(content: bytes) -> str:
@@ -310,11 +314,39 @@ def check_sizes(folder: Path, artifact: Artifact) -> None:
 def verify_files(folder: Path, artifact: Artifact, progress: Progress = no_progress) -> None:
     """Read every file; raise StoreError naming the first chunk that is not as it was written."""
     check_sizes(folder, artifact)
-    done = 0
-    for chunk, content in read_chunks(folder, artifact.chunks()):
-        check_chunk(artifact, chunk, content, str(folder))
+    done, chunks = 0, list(artifact.chunks())
+    checked = in_order(lambda chunk: check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder)), chunks)
+    for chunk, _ in zip(chunks, checked, strict=True):
         done += chunk.size
         progress("verify", done, artifact.size_bytes)
+
+
+def read_chunk(folder: Path, chunk: Chunk) -> bytes:
+    """Its bytes, unchecked."""
+    with (folder / chunk.path).open("rb", buffering=0) as stream:
+        return os.pread(stream.fileno(), chunk.size, chunk.offset)
+
+
+def prepare_files(draft: Path, artifact: Artifact) -> list[Chunk]:
+    """Make files of full size, holes where nothing was written yet; returns the chunks that are still wanted."""
+    fresh = not draft.is_dir() or not any(draft.iterdir())
+    for file in artifact.files:
+        path = draft / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as stream:
+            stream.truncate(file.size)
+    chunks = list(artifact.chunks())
+    if fresh:
+        return chunks
+    whole = in_order(lambda chunk: sha256(read_chunk(draft, chunk)) == chunk.sha256, chunks)
+    return [chunk for chunk, found in zip(chunks, whole, strict=True) if not found]
+
+
+def write_chunk(folder: Path, chunk: Chunk, content: bytes) -> None:
+    """Put it in its place in a file that is there; chunks of one file may be written side by side."""
+    with (folder / chunk.path).open("r+b") as stream:
+        stream.seek(chunk.offset)
+        stream.write(content)
 
 
 def read_chunks(folder: Path, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, bytes]]:

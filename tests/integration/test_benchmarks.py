@@ -76,6 +76,11 @@ def train_run(folder: Path) -> str:
     return run("train", folder)
 
 
+@pytest.fixture(scope="module")
+def releases_run(folder: Path) -> str:
+    return run("releases", folder, "--rounds", "1")
+
+
 def test_the_service_is_measured_beside_its_rivals(service_run: str, folder: Path) -> None:
     found = read(folder / "service-tiny.json")
     absent = {note.partition(":")[0] for note in found["notes"] if "n/a" in note}
@@ -117,6 +122,22 @@ def test_memory_is_read_from_every_worker(memory_run: str, folder: Path) -> None
     assert len(disk) == 9
     assert all(row["bytes_per_item"] > row["record_bytes"] for row in disk)
     assert found["bars"][0]["verdict"] == "not measured"  # it needs 4 workers
+
+
+def test_releases_are_measured_from_parquet_to_a_ready_replica(releases_run: str, folder: Path) -> None:
+    found = read(folder / "releases-tiny.json")
+    kinds = [row["kind"] for row in found["rows"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "publish": 2,
+        "memory": 1,
+        "replica": 1,
+        "limits": 1,
+        "tower": 3,
+    }
+    assert all(value > 0 for row in found["rows"] for value in row.values() if isinstance(value, float))
+    assert len(found["bars"]) == 5
+    assert "publish, tower apart" in releases_run
+    assert not [*folder.glob("releases-*/")]
 
 
 def test_training_is_measured_for_every_network_and_every_part_of_a_step(train_run: str, folder: Path) -> None:

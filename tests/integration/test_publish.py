@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -291,6 +292,49 @@ def test_what_a_killed_publisher_was_building_goes_with_the_next_publish(tmp_pat
     with building_in(tmp_path) as own:
         assert list(tmp_path.glob("release-*")) == [own]
     assert not list(tmp_path.glob("release-*"))
+
+
+PUBLISH_UNTIL_STORED = """
+import sys
+import cache.cli
+from cache.file_store import FileStore
+
+def stop(store, folder, progress):
+    print("built", flush=True)
+    sys.stdin.read()
+
+FileStore.publish = stop
+cache.cli.app(sys.argv[1:])
+"""
+
+
+def test_what_a_killed_publisher_had_built_is_stored_by_the_next(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"file://{tmp_path}/store"
+    wanted = ["publish", "--bundle", str(shop.bundle), "--items", str(shop.items), "--store", url]
+
+    def build_and_die() -> str:
+        command = [sys.executable, "-c", PUBLISH_UNTIL_STORED, *wanted]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, env=environment, text=True
+        ) as publisher:
+            assert publisher.stdout is not None
+            assert any(line == "built\n" for line in publisher.stdout)
+            publisher.kill()
+        (built,) = Path("var/build").glob("*/release")
+        return read_release(built).id
+
+    first = build_and_die()
+    assert f"taking release {first}" in run(*wanted)
+    assert open_store(url).current() == first
+    assert not list(Path("var/build").glob("release-*"))
+    second = build_and_die()
+    assert "which a publisher left that was killed" in run(*wanted, "--index", "flat")  # another order
+    assert second not in [info.id for info in open_store(url).list()]
+    assert len(open_store(url).list()) == 2
 
 
 def test_a_catalogue_that_lost_most_of_its_items_is_warned_of(shop: Shop, url: str, tmp_path: Path) -> None:

@@ -26,7 +26,16 @@ from cache.file_store import FileStore
 from cache.overlay import Overlay
 from cache.redis_client import connect, read_url
 from cache.redis_store import RedisStore
-from cache.release import CHUNK_BYTES, ITEMS, RELEASE, Release, created_at, read_release, verify_release
+from cache.release import (
+    CHUNK_BYTES,
+    ITEMS,
+    RELEASE,
+    created_at,
+    read_chunk,
+    read_release,
+    sha256,
+    verify_release,
+)
 from cache.rollout import NOTHING, Change, Live, Shadow, this_user, weights
 from cache.snapshot import Snapshot
 from cache.store import ReleaseStore, open_store
@@ -171,6 +180,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for number in range(4):
         write_release(home / str(number), number, items=10_000 if number < 2 else 50)
     return [home / str(number) for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of 20 MB: twelve chunks."""
+    folder = tmp_path_factory.mktemp("large") / "release"
+    write_release(folder, items=40_000)
+    return folder
 
 
 def published(place: Place, folders: list[Path], *, activate: bool = True) -> list[str]:
@@ -562,10 +579,10 @@ PUBLISH_UNTIL = """
 import sys
 from pathlib import Path
 from tests.integration.test_stores import Place
-url, folder, stage, local = sys.argv[1:]
+url, folder, stage, share, local = sys.argv[1:]
 
 def progress(at, done, total):
-    if at == stage:
+    if at == stage and done >= float(share) * total:
         print("reached", flush=True)
         sys.stdin.read()
 
@@ -573,13 +590,18 @@ Place(url, Path(local)).open().publish(Path(folder), progress)
 """
 
 
-def kill_publisher(place: Place, folder: Path, stage: str) -> None:
-    """Kill a process that publishes when it reports the first progress of a stage."""
-    command = [sys.executable, "-c", PUBLISH_UNTIL, place.url, str(folder), stage, str(place.local)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as publisher:
-        assert publisher.stdout is not None
-        assert publisher.stdout.readline() == b"reached\n"
-        publisher.send_signal(signal.SIGKILL)
+def kill_publisher(place: Place, folder: Path, stage: str, share: float = 0.0) -> None:
+    """Kill a process that publishes when it reports so much of a stage."""
+    killed(PUBLISH_UNTIL, place.url, str(folder), stage, str(share), str(place.local))
+
+
+def killed(script: str, *arguments: str) -> None:
+    """Run a script until it says that it has reached its point, and kill it there."""
+    command = [sys.executable, "-c", script, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"reached\n"
+        process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("stage", ["publish", "verify"])
@@ -599,15 +621,15 @@ def test_a_killed_publisher_leaves_the_old_release_and_remains_that_prune_finds(
     assert verify_release(place.fetch(old)).id == old
 
 
-def test_publishing_again_after_a_kill_completes_the_release(place: Place, folders: list[Path]) -> None:
-    kill_publisher(place, folders[1], "publish")
+def test_publishing_again_after_a_kill_sends_only_what_is_missing(place: Place, large: Path) -> None:
+    kill_publisher(place, large, "publish", 0.5)
     sent: list[int] = []
-    name = place.open().publish(
-        folders[1], lambda stage, done, total: sent.append(done) if stage == "publish" else None
-    )
+    name = place.open().publish(large, lambda stage, done, total: sent.append(done) if stage == "publish" else None)
+    assert len(sent) <= len(list(read_release(large).chunks())) // 2
     place.open().activate(name)
     assert verify_release(place.fetch(name)).id == name
-    assert eventually(lambda: place.open().prune(1) == [] and place.leftovers() == 0)
+    assert place.open().prune(1) == []
+    assert place.leftovers() == 0
 
 
 # --- users -----------------------------------------------------------------------------------------------------------
@@ -741,12 +763,13 @@ def test_a_wrong_password_is_named_as_such() -> None:
         assert RedisStore(f"redis://:right@127.0.0.1:{server.port}/0").current() is None
 
 
-def test_a_full_redis_refuses_the_new_release_and_keeps_the_old(folders: list[Path], tmp_path: Path) -> None:
-    with running_redis("--maxmemory", "9mb") as server:
+def test_a_full_redis_refuses_the_new_release_and_keeps_the_old(large: Path, tmp_path: Path) -> None:
+    write_release(tmp_path / "new", 1, items=40_000)
+    with running_redis("--maxmemory", "40mb") as server:  # chunks on their way count, too
         place = Place(f"{server.url}?prefix=small", tmp_path)
-        (old,) = published(place, folders[:1])
+        (old,) = published(place, [large])
         with pytest.raises(StoreError, match="prune"):
-            place.open().publish(folders[1])
+            place.open().publish(tmp_path / "new")
         assert place.open().current() == old
         assert verify_release(place.fetch(old)).id == old
 
@@ -840,20 +863,83 @@ def test_a_cache_is_found_again_whatever_the_password(folders: list[Path], tmp_p
     assert copies[0] == copies[1]
 
 
-def test_a_cut_download_goes_on_where_it_was(redis_url: str, folders: list[Path], tmp_path: Path) -> None:
+def test_a_cut_download_goes_on_where_it_was(redis_url: str, large: Path, tmp_path: Path) -> None:
     place = Place(f"{redis_url}?prefix=cut", tmp_path)
-    release: Release = read_release(folders[0])
-    published(place, folders[:1])
+    (name,) = published(place, [large])
 
     def cut(stage: str, done: int, total: int) -> None:
         raise InterruptedError("the line is cut")
 
     with pytest.raises(StoreError, match="the line is cut"):
-        place.open().fetch(release.id, tmp_path / "cache", cut)
-    assert not (tmp_path / "cache" / release.id).exists()
+        place.open().fetch(name, tmp_path / "cache", cut)
+    assert not list((tmp_path / "cache").glob(f"*/{name}"))
+    chunks, whole = list(read_release(large).chunks()), fetched_chunks(tmp_path / "cache", large)
+    assert 0 < whole < len(chunks)
     fetched: list[int] = []
-    place.open().fetch(release.id, tmp_path / "cache", lambda stage, done, total: fetched.append(done))
-    assert len(fetched) == len(list(release.chunks())) - 1
+    place.open().fetch(name, tmp_path / "cache", lambda stage, done, total: fetched.append(done))
+    assert len(fetched) == len(chunks) - whole
+
+
+def fetched_chunks(cache: Path, folder: Path) -> int:
+    """How many chunks a download that was cut has left whole."""
+    release = read_release(folder)
+    (draft,) = cache.glob(f"*/.{release.id}.partial")
+    return sum(sha256(read_chunk(draft, chunk)) == chunk.sha256 for chunk in release.chunks())
+
+
+FETCH_HALF = """
+import sys
+from pathlib import Path
+from cache.store import open_store
+url, name, cache = sys.argv[1:]
+
+def progress(at, done, total):
+    if done > total / 2:
+        print("reached", flush=True)
+        sys.stdin.read()
+
+open_store(url).fetch(name, Path(cache), progress)
+"""
+
+
+def test_a_download_whose_process_was_killed_goes_on_in_the_next(large: Path, tmp_path: Path) -> None:
+    with running_redis() as server, server.client() as client:
+        place = Place(f"{server.url}?prefix=killed", tmp_path)
+        (name,) = published(place, [large])
+        others = client.info("clients")["connected_clients"]
+        killed(FETCH_HALF, place.url, name, str(tmp_path / "cache"))
+        assert eventually(lambda: client.info("clients")["connected_clients"] == others)
+        chunks, whole = list(read_release(large).chunks()), fetched_chunks(tmp_path / "cache", large)
+        assert whole >= len(chunks) // 2
+        before = client.info("stats")["total_net_output_bytes"]
+        assert verify_release(place.open().fetch(name, tmp_path / "cache")).id == name
+        received = client.info("stats")["total_net_output_bytes"] - before
+    assert received < (len(chunks) - whole) * CHUNK_BYTES + 100_000  # the manifest, what INFO says
+
+
+def test_a_bad_chunk_is_refused_by_name_and_the_others_are_kept(redis_url: str, large: Path, tmp_path: Path) -> None:
+    place = Place(f"{redis_url}?prefix=bad", tmp_path)
+    (name,) = published(place, [large])
+    key, cache = f"bad:release:{name}:{ITEMS}:5", tmp_path / "cache"
+    with place.redis() as client:
+        right = client.get(key)
+        client.set(key, flipped(right))
+        for _ in range(2):
+            with pytest.raises(StoreError, match=rf"{name}: chunk 5 of items.snap in redis://.* not as it was written"):
+                place.open().fetch(name, cache)
+            assert not list(cache.glob(f"*/{name}"))
+        assert fetched_chunks(cache, large) >= 5
+        client.set(key, right)
+    assert verify_release(place.open().fetch(name, cache)).id == name
+
+
+def test_a_client_of_few_connections_moves_few_chunks_at_a_time(redis_url: str, large: Path, tmp_path: Path) -> None:
+    place = Place(f"{redis_url}?max_connections=2&prefix=few", tmp_path)
+    store = place.open()
+    name = store.publish(large)
+    store.activate(name)
+    assert store.wait(None, 0) == name  # has a connection of its own from now on
+    assert verify_release(store.fetch(name, tmp_path / "cache")).id == name
 
 
 def test_replicas_of_one_machine_share_a_download(redis_url: str, folders: list[Path], tmp_path: Path) -> None:
@@ -872,25 +958,18 @@ def test_replicas_of_one_machine_share_a_download(redis_url: str, folders: list[
     assert not fetched.acquire(blocking=False), "downloaded more than once"
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of 20 MB: eleven chunks, three pipelines."""
-    folder = tmp_path_factory.mktemp("large") / "release"
-    write_release(folder, items=40_000)
-    return folder
-
-
 def test_a_publisher_that_was_killed_sends_only_what_is_missing_when_started_again(large: Path, tmp_path: Path) -> None:
     with running_redis() as server, server.client() as client:
         place = Place(f"{server.url}?prefix=resumed", tmp_path)
-        kill_publisher(place, large, "publish")
+        kill_publisher(place, large, "publish", 0.5)
+        assert eventually(lambda: client.info("clients")["connected_clients"] == 1)  # what it sent has arrived
         lies_there = sum(client.strlen(key) for key in client.scan_iter("resumed:release:*"))
         missing = read_release(large).size_bytes - lies_there
         before = client.info("stats")["total_net_input_bytes"]
         name = place.open().publish(large)
         sent = client.info("stats")["total_net_input_bytes"] - before
         assert verify_release(place.fetch(name)).id == name
-    assert lies_there > 6 * 1000 * 1000  # the first pipeline: the bundle's file and three chunks
+    assert lies_there > read_release(large).size_bytes / 2
     assert missing <= sent < 1.01 * missing  # keys, the lease, the manifest
 
 

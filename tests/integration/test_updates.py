@@ -23,7 +23,7 @@ from cache.changes import CHANGES
 from cache.store import open_store
 from tests.catalogues import MAXSIM, Shop, open_shop
 from tests.graphs import write_bundle
-from tests.processes import READY, ROOT, TIMEOUT_S, Server, eventually, server
+from tests.processes import READY, ROOT, TIMEOUT_S, eventually, server
 from tests.redis_server import RedisServer, cluster_url, running_cluster, running_redis
 from tests.updates import with_id, with_price, write
 
@@ -109,9 +109,11 @@ def end(url: str) -> int:
 
 
 @contextmanager
-def replica(url: str, cache: Path, *more: str) -> Iterator[tuple[Server, str]]:
-    with server(url, "--cache-dir", str(cache), "--refresh-s", "0.2", "--retrieval", *more) as running:
-        yield running, running.read_until(READY)[1]
+def replica(url: str, cache: Path, workers: int = 1) -> Iterator[str]:
+    """The address of one whose workers are all ready."""
+    flags = ("--cache-dir", str(cache), "--refresh-s", "0.2", "--retrieval", "--workers", str(workers))
+    with server(url, *flags) as running:
+        yield {running.read_until(READY)[1] for _ in range(workers)}.pop()
 
 
 @contextmanager
@@ -164,7 +166,7 @@ def in_full(shop: Shop, items: pa.Table, home: Path) -> tuple[dict[Any, float], 
     home.mkdir(exist_ok=True)
     place = f"file://{home}/full"
     publish(shop.bundle, write(home / "full.parquet", items), place, home)
-    with replica(place, home / "full-cache") as (_, url):
+    with replica(place, home / "full-cache") as url:
         return found(url, shop)
 
 
@@ -205,7 +207,7 @@ def updated(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Updated:
 )
 def test_an_update_reaches_every_answer(shop: Shop, updated: Updated, url: str, tmp_path: Path, workers: int) -> None:
     release = publish(shop.bundle, shop.items, url, tmp_path)
-    with replica(url, tmp_path / "cache", "--workers", str(workers)) as (_, address):
+    with replica(url, tmp_path / "cache", workers) as address:
         assert knows(address, release, 0)
         before = found(address, shop)
         last = update(url, tmp_path, "--items", updated.changes)
@@ -229,7 +231,7 @@ def test_a_replica_that_comes_late_knows_it_with_its_first_answer(
     update(url, tmp_path, "--items", updated.changes)
     last = update(url, tmp_path, "--delete-ids", ",".join(map(str, updated.gone)))
     for workers in (1, 2):
-        with replica(url, tmp_path / str(workers), "--workers", str(workers)) as (_, address):
+        with replica(url, tmp_path / str(workers), workers) as address:
             assert knows(address, release, last)
             equal(address, shop, updated.full)
 
@@ -239,7 +241,7 @@ def test_a_new_bundle_and_a_new_snapshot_know_what_came_behind_their_watermark(
 ) -> None:
     """Also while they are swapped: no answer goes back to what was changed or deleted."""
     first = publish(shop.bundle, shop.items, url, tmp_path)
-    with replica(url, tmp_path / "cache", "--workers", "2") as (_, address):
+    with replica(url, tmp_path / "cache", workers=2) as address:
         update(url, tmp_path, "--items", updated.changes)
         last = update(url, tmp_path, "--delete-ids", ",".join(map(str, updated.gone)))
         eventually(lambda: knows(address, first, last))
@@ -280,7 +282,7 @@ def test_a_replica_and_an_updater_that_were_cut_off_catch_up(shop: Shop, updated
     with running_redis("--appendonly", "yes", "--appendfsync", "always") as redis:
         url = redis.url
         release = publish(shop.bundle, shop.items, url, tmp_path)
-        with replica(url, tmp_path / "cache") as (_, address), following(url, tmp_path):
+        with replica(url, tmp_path / "cache") as address, following(url, tmp_path):
             last = update(url, tmp_path, "--no-embed", "--items", updated.changes)
             eventually(lambda: knows(address, release, last))
             redis.kill()

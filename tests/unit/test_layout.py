@@ -38,6 +38,7 @@ ONE_DOOR = {  # third-party engine: where alone it may be imported
     "uvicorn": ("service/",),
     "locust": ("loadtest/",),
     "lightgbm": ("model/teacher.py",),
+    "ray": ("cache/on_ray.py",),
 }
 TORCH_ROOMS = tuple(
     f"model/{room}.py"

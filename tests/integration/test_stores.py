@@ -938,7 +938,7 @@ def test_a_client_of_few_connections_moves_few_chunks_at_a_time(redis_url: str, 
     store = place.open()
     name = store.publish(large)
     store.activate(name)
-    assert store.wait(None, 0) == name  # has a connection of its own from now on
+    assert store.wait(NOTHING, 0).current == name  # has a connection of its own from now on
     assert verify_release(store.fetch(name, tmp_path / "cache")).id == name
 
 

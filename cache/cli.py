@@ -38,9 +38,10 @@ from cache.release import (
     utc_now,
 )
 from cache.release import Progress as Report
+from cache.rollout import Audited, Change, Live, shares_told, told
 from cache.snapshot import Snapshot
 from cache.store import ReleaseInfo, ReleaseStore, open_store
-from cache.watermarks import check_watermark, trim_changes, watermark_of
+from cache.watermarks import check_change, check_watermark, trim_changes, watermark_of
 from kernel.head import HeadSpec
 from model.errors import DataError
 
@@ -58,7 +59,9 @@ DEAD_ENTRIES = 16  # read at a time
 NOT_CURRENT = "not current: see `ranktower releases activate`"
 
 app = typer.Typer(help="Publish and look after releases.", no_args_is_help=True)
-releases = typer.Typer(help="List, activate, roll back, prune and check the releases of a store.", no_args_is_help=True)
+releases = typer.Typer(
+    help="List, activate, try out, roll back, prune and check the releases of a store.", no_args_is_help=True
+)
 app.add_typer(releases, name="releases")
 users = typer.Typer(help="Publish, show and delete the user table of a bundle, by itself.", no_args_is_help=True)
 app.add_typer(users, name="users")
@@ -208,39 +211,101 @@ def update(
 @releases.command("list")
 def list_releases(store: StoreUrl = DEFAULT_STORE) -> None:
     """All releases of the store, oldest first, a line each whatever the width of the terminal."""
+    target = open_store(store)
+    live = target.live()
     console.print(f"{'release':31} {'items':>13} {'MB':>10} {'bundle':16} {'snapshot':16}")
-    for info in open_store(store).list():
+    for info in target.list():
         size = f"{info.size_bytes / 1e6:,.1f}"
-        mark = " current" if info.current else ""
+        mark = _mark(info, live)
         if info.damage:
             console.print(f"{info.id} damaged{mark}: {info.damage}")
         else:
             console.print(f"{info.id} {info.count:13,} {size:>10} {info.bundle_id} {info.snapshot_id}{mark}")
 
 
+def _mark(info: ReleaseInfo, live: Live) -> str:
+    shadow = live.rollout.shadow
+    canaries = [f" canary {100 * each.weight:g} %" for each in live.rollout.canaries if each.release == info.id]
+    shadows = [f" shadow {100 * shadow.share:g} %"] if shadow is not None and shadow.release == info.id else []
+    return "".join([" current" if info.current else "", *canaries, *shadows])
+
+
 @releases.command("activate")
 def activate_release(release: str, store: StoreUrl = DEFAULT_STORE) -> None:
     """Make a release the current one."""
     target = open_store(store)
-    before = target.current()
-    for info in target.list():
-        if info.id == release and not info.damage:
-            check_watermark(target, info.watermark, f"release {release}")
-    target.activate(release)
+    before, change = target.current(), Change(verb="activate", release=release)
+    check_change(target, change)
+    target.change(change)
     console.print(f"current is {release}, was {before or 'none'}")
+
+
+@releases.command("canary")
+def set_canary(
+    release: str,
+    weight: Annotated[float, typer.Option(help="Share of the users that it answers, below 1; 0 ends it.")],
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Let a release answer a share of the users, always the same ones; more of them as the weight grows."""
+    _change(store, Change(verb="canary", release=release, share=weight))
+
+
+@releases.command("shadow")
+def set_shadow(
+    release: str,
+    share: Annotated[float, typer.Option(help="Share of the requests that it scores, too; 0 ends it.")],
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Let a release score what others answer; /metrics and /v1/release say how far its order is from theirs."""
+    _change(store, Change(verb="shadow", release=release, share=share))
+
+
+@releases.command("promote")
+def promote_release(
+    release: Annotated[str | None, typer.Argument(help="The one canary where absent.")] = None,
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Make a canary, or the shadow, the current release, for all users and in one step."""
+    _change(store, Change(verb="promote", release=release))
+
+
+@releases.command("abort")
+def abort_rollout(store: StoreUrl = DEFAULT_STORE) -> None:
+    """End all canaries and the shadow: the current release answers everybody again."""
+    _change(store, Change(verb="abort"))
 
 
 @releases.command("rollback")
 def rollback_release(store: StoreUrl = DEFAULT_STORE) -> None:
-    """Go back to the release that was current before."""
+    """End the canaries; where there are none, go back to the release that was current before."""
+    made = _change(store, Change(verb="rollback"))
+    if made is not None and len(made.before) > 1:
+        console.print("the canaries have ended; once more goes back to the release before")
+
+
+def _change(store: str, change: Change) -> Audited | None:
     target = open_store(store)
-    before = target.current()
-    console.print(f"current is {target.rollback()}, was {before or 'none'}")
+    check_change(target, change)
+    made = target.change(change)
+    live = told(target.live())
+    console.print(f"live is {live}" if made is not None else f"nothing to change: live is {live}")
+    return made
+
+
+@releases.command("audit")
+def show_audit(
+    last: Annotated[int, typer.Option(min=1, help="How many changes to show, newest last.")] = 50,
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Who changed what is live, and when: a line each, with the shares of the users before and after."""
+    for made in open_store(store).audit()[-last:]:
+        console.print(f"{made.at} {made.who} {made.verb}: {shares_told(made.before, made.shadow_before)} -> ", end="")
+        console.print(shares_told(made.after, made.shadow_after))
 
 
 @releases.command("prune")
 def prune_releases(
-    keep: Annotated[int, typer.Option(min=1, help="How many of the newest stay; the current one always does.")],
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest stay; what is live always does.")],
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
     """Delete old releases, what dead publishers left behind, and updates that all releases contain."""

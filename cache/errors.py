@@ -4,6 +4,7 @@ RankTowerError
     SnapshotError         a table file: truncated, foreign, of another version, or about to hold what it must not
     StoreError            a release store: unreachable, full, or holding something damaged
         UnknownRelease    no release of that name
+        RolloutRefused    a change of what is live that makes no sense as things stand
         Awaited           another process fetches it, and tries again by itself where that fails
 """
 
@@ -36,6 +37,10 @@ class StoreError(RankTowerError):
 
 class UnknownRelease(StoreError):  # noqa: N818
     """The store holds no release of that name."""
+
+
+class RolloutRefused(StoreError):  # noqa: N818
+    """What is live cannot be changed so; nothing was."""
 
 
 class Awaited(StoreError):  # noqa: N818

@@ -1,6 +1,8 @@
 """Releases in a folder, for one machine or a shared disk: no server needed, and what is published is served in place.
 
-current                        {"current": id, "previous": [newest first]}, replaced by one rename
+current                        {"current": id, "previous": [newest first], "rollout": ..., "audited": the last change},
+                               replaced by one rename
+audit                          the changes before that one, a line each
 releases/<id>/...              complete releases; a publisher renames them into place
 users/<spec id>/<version>/...  user tables; users/<spec id>/current names the version
 changes, records, dead         change logs (cache/file_log.py)
@@ -11,22 +13,24 @@ tmp/<name>, tmp/<name>.lock    a publisher at work; the lock is free once it is 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
+
+import msgspec
 
 from cache.changes import ChangeLog, Newer
 from cache.durable import locked, locked_now, rename_durably, sync_tree, write_durably
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.file_log import FileLog
-from cache.follow import Follower
+from cache.follow import Followers
 from cache.parallel import in_order
 from cache.release import (
     BUNDLE,
@@ -48,7 +52,44 @@ from cache.release import (
     verify_files,
     write_chunk,
 )
-from cache.store import HISTORY, POLL_S, Names, ReleaseInfo, ReleaseInfos
+from cache.rollout import (
+    ALONE,
+    AUDITED,
+    Audited,
+    Change,
+    Live,
+    Rollout,
+    State,
+    changed,
+    check_rollout,
+    decode_audited,
+    encode,
+    newly_live,
+    this_user,
+)
+from cache.store import POLL_S, Changes, Names, ReleaseInfo, ReleaseInfos
+
+CURRENT, AUDIT = "current", "audit"
+Lines = list[bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pointer:
+    """What `current` holds."""
+
+    current: str | None = None
+    previous: tuple[str, ...] = ()
+    rollout: Rollout = ALONE
+    audited: Audited | None = None
+
+    @classmethod
+    def of(cls, state: State, audited: Audited) -> _Pointer:
+        live = state.live
+        return cls(current=live.current, previous=state.previous, rollout=live.rollout, audited=audited)
+
+    @property
+    def state(self) -> State:
+        return State(live=Live(current=self.current, rollout=self.rollout), previous=self.previous)
 
 
 class FileStore:
@@ -61,7 +102,7 @@ class FileStore:
         self.url = url
         self.root = Path(place).expanduser()
         self._verified: set[Path] = set()
-        self._follower = Follower(self.log)
+        self._followers = Followers(self.log)
 
     # --- releases
 
@@ -89,22 +130,41 @@ class FileStore:
                 self._put(temporary, target, release)
         return release.id
 
-    def activate(self, release_id: str) -> None:
+    def change(self, change: Change, by: str | None = None) -> Audited | None:
         with self._disk(), self._changing():
-            release = read_release(self._folder(release_id))
-            check_sizes(self._folder(release_id), release)
-            current, previous = self._pointer()
-            if current != release_id:
-                kept = [name for name in (current, *previous) if name is not None]
-                self._point(release_id, kept[:HISTORY])
+            pointer = self._pointer()
+            before, names = pointer.state, self._names()
+            after = changed(before, change, names)
+            for name in newly_live(before.live, after.live, change):
+                check_sizes(self._folder(name), read_release(self._folder(name)))
+            if after == before:
+                return None
+            audited = Audited.of(change.verb, by or this_user(), before.live, after.live)
+            self._archive(pointer.audited)
+            self._point(_Pointer.of(after, audited))
+            return audited
+
+    def activate(self, release_id: str) -> None:
+        self.change(Change(verb="activate", release=release_id))
+
+    def live(self) -> Live:
+        with self._disk():
+            return self._pointer().state.live
 
     def current(self) -> str | None:
+        return self.live().current
+
+    def audit(self) -> Changes:
         with self._disk():
-            return self._pointer()[0]
+            last = self._pointer().audited
+            lines = self._audit_lines()
+            if last is not None and encode(last) not in lines[-1:]:
+                lines.append(encode(last))
+            return [decode_audited(line, str(self.root / AUDIT)) for line in lines[-AUDITED:]]
 
     def list(self) -> ReleaseInfos:
         with self._disk():
-            current, home = self._pointer()[0], self.root / "releases"
+            current, home = self._pointer().current, self.root / "releases"
             return [ReleaseInfo.read(name, partial(read_release, home / name), current) for name in self._names()]
 
     def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
@@ -120,37 +180,31 @@ class FileStore:
             return folder
 
     def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
-        """Nothing is copied, so nothing is dropped: what lies in `cache_dir` is another's."""
+        """Nothing is copied, so nothing is dropped but overlays: what lies in `cache_dir` is another's."""
+        self._followers.keep(keep)
         return []
 
     def rollback(self) -> str:
-        with self._disk(), self._changing():
-            current, previous = self._pointer()
-            alive = [name for name in previous if name in self._names()]
-            if not alive:
-                raise StoreError(
-                    f"{self.url}: nothing was current before {current}: choose with `ranktower releases activate`"
-                )
-            self._point(alive[0], alive[1:])
-            return alive[0]
+        self.change(Change(verb="rollback"))
+        return self.current() or ""
 
     def prune(self, keep: int) -> Names:
         if keep < 1:
             raise StoreError(f"prune keeps {keep} releases: keep at least 1")
         with self._disk(), self._changing():
-            current, names = self._pointer()[0], self._names()
-            doomed = [name for name in names[:-keep] if name != current]
+            live, names = self._pointer().state.live.releases, self._names()
+            doomed = [name for name in names[:-keep] if name not in live]
             for name in doomed:  # gone from sight at once, whatever happens to the deletion
                 os.replace(self._folder(name), self.root / "tmp" / f"{name}.{uuid.uuid4().hex[:8]}")
             return sorted({*doomed, *self._sweep()})
 
-    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+    def wait(self, seen: Live, timeout_s: float) -> Live:
         deadline = time.monotonic() + timeout_s
         while True:
-            current = self.current()
+            live = self.live()
             left = deadline - time.monotonic()
-            if current != seen or left <= 0:
-                return current
+            if live != seen or left <= 0:
+                return live
             time.sleep(min(POLL_S, left))
 
     # --- users
@@ -205,11 +259,11 @@ class FileStore:
                 shutil.rmtree(home)
 
     def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
-        return self._follower.bring(folder, cache_dir)
+        return self._followers.bring(folder, cache_dir)
 
     def close(self) -> None:
         """Only overlays are held."""
-        self._follower.close()
+        self._followers.close()
 
     # --- updates
 
@@ -247,19 +301,34 @@ class FileStore:
             raise UnknownRelease(f"{self.url} holds no release {release_id}, but {held}: see `ranktower releases list`")
         return self.root / "releases" / release_id
 
-    def _pointer(self) -> tuple[str | None, Names]:
+    def _pointer(self) -> _Pointer:
         try:
-            pointer = json.loads((self.root / "current").read_bytes())
-            return pointer["current"], list(pointer["previous"])
+            pointer = msgspec.json.decode((self.root / CURRENT).read_bytes(), type=_Pointer)
+            check_rollout(pointer.rollout)
         except FileNotFoundError:
-            return None, []
-        except (ValueError, KeyError, TypeError) as error:
+            return _Pointer()
+        except (ValueError, UnicodeDecodeError) as error:
             raise StoreError(
-                f"{self.root / 'current'} cannot be read ({error!r}): delete it and activate a release again"
+                f"{self.root / CURRENT} cannot be read ({error}): delete it and activate a release again"
             ) from error
+        return pointer
 
-    def _point(self, current: str, previous: Names) -> None:
-        write_durably(self.root / "current", json.dumps({"current": current, "previous": previous}).encode())
+    def _point(self, pointer: _Pointer) -> None:
+        write_durably(self.root / CURRENT, msgspec.json.encode(pointer))
+
+    # --- the audit trail
+
+    def _audit_lines(self) -> Lines:
+        path = self.root / AUDIT
+        return path.read_bytes().splitlines() if path.exists() else []
+
+    def _archive(self, audited: Audited | None) -> None:
+        """Put the last change with those before it, unless it is there: what `current` says next is written over it."""
+        lines = self._audit_lines()
+        if audited is None or encode(audited) in lines[-1:]:
+            return
+        lines.append(encode(audited))
+        write_durably(self.root / AUDIT, b"".join(line + b"\n" for line in lines[-AUDITED:]))
 
     # --- changes
 

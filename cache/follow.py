@@ -166,6 +166,28 @@ class Follower:
         return self._home
 
 
+class Followers:
+    """One for each release that is asked about, until it is kept no more. For one thread."""
+
+    def __init__(self, open_log: Callable[[str], ChangeLog]) -> None:
+        self._open_log = open_log
+        self._by_folder: dict[Path, Follower] = {}
+
+    def bring(self, folder: Path, cache_dir: Path) -> Newer:
+        """`Follower.bring`."""
+        if folder not in self._by_folder:
+            self._by_folder[folder] = Follower(self._open_log)
+        return self._by_folder[folder].bring(folder, cache_dir)
+
+    def keep(self, names: set[str]) -> None:
+        """Follow the releases of these names alone."""
+        for folder in [folder for folder in self._by_folder if folder.name not in names]:
+            self._by_folder.pop(folder).close()
+
+    def close(self) -> None:
+        self.keep(set())
+
+
 def _read(at: _Followed) -> None:
     """Fold what is new in the bundle's log; all of it where that does not follow what is known."""
     whole = at.records.at_start

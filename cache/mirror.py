@@ -24,6 +24,7 @@ from cache.durable import is_held, replace_file
 from cache.errors import Awaited, StoreError, disk_error
 from cache.release import BUNDLE, ITEMS, Progress, no_progress
 from cache.retry import STORE_PAUSE_S, Retry
+from cache.rollout import ALONE, NOTHING, Live, Rollout
 from cache.snapshot import Snapshot
 from cache.store import Names, ReadableStore
 from model.errors import RankTowerError
@@ -60,7 +61,8 @@ class View:
     """What one process knows of the store and has fetched from it. Replaced as a whole."""
 
     current: str | None = None  # the release that the store named last
-    releases: Mapping[str, LocalRelease] = field(default_factory=dict)  # the newest here, and the one before it
+    rollout: Rollout = ALONE  # and what it named beside it
+    releases: Mapping[str, LocalRelease] = field(default_factory=dict)  # newest, the one before it, the rollout's
     users: Mapping[str, LocalUsers] = field(default_factory=dict)  # by specification
     reachable: bool = False  # whether the store answered when last asked
     contact_s: float | None = None  # monotonic time of its last answer: one clock for all processes of a machine
@@ -94,7 +96,7 @@ class Mirror:
     ) -> None:
         self._store, self._cache_dir, self._folder, self._refresh_s = store, cache_dir, folder, refresh_s
         self._huge_pages = huge_pages
-        self._seen: str | None = None
+        self._seen = NOTHING
         self._retries: dict[str, Retry] = {}  # by what is fetched: "release", or the specification of a user table
         self._told_s = 0.0
         self.view = _view_before(folder)
@@ -114,9 +116,14 @@ class Mirror:
             self._fail(error, reachable=False)
             return STORE_PAUSE_S
         # a store without any release has lost all it had: readers keep what they have
-        self._tell(current=self._seen or self.view.current, reachable=True, contact_s=monotonic())
+        self._tell(
+            current=self._seen.current or self.view.current,
+            rollout=self._seen.rollout,
+            reachable=True,
+            contact_s=monotonic(),
+        )
         try:
-            whole = self._seen is None or self._bring(self._seen)
+            whole = self._seen.current is None or self._bring(self._seen.current, self._seen.rollout.releases)
         except Exception as error:
             self._fail(error)
             return 0.0
@@ -124,12 +131,16 @@ class Mirror:
             self._tell(failure=None)
         return 0.0
 
-    def _bring(self, release_id: str) -> bool:
-        """Fetch the release and the user tables of what lies here; returns whether all of it is here now."""
-        whole = self._attempt("release", release_id, partial(self._bring_release, release_id))
-        serving = release_id if release_id in self.view.releases else next(iter(self.view.releases), None)
-        if serving is not None:
-            whole = self._attempt("changes", serving, partial(self._bring_changes, serving)) and whole
+    def _bring(self, current: str, beside: tuple[str, ...]) -> bool:
+        """Fetch the releases and the user tables of what lies here; returns whether all of it is here now."""
+        whole = self._attempt("release", current, partial(self._bring_current, current))
+        for release_id in beside:
+            whole = self._attempt(release_id, release_id, partial(self._bring_beside, release_id)) and whole
+        self._forget({current, *beside})
+        serving = current if current in self.view.releases else next(iter(self.view.releases), None)
+        for name in dict.fromkeys([serving, *beside]):
+            if name is not None and name in self.view.releases:
+                whole = self._attempt(f"changes of {name}", name, partial(self._bring_changes, name)) and whole
         for spec_id in {release.spec_id for release in self.view.releases.values()}:
             version = self._store.users_version(spec_id)
             whole = self._attempt(spec_id, version, partial(self._bring_users, spec_id, version)) and whole
@@ -149,22 +160,38 @@ class Mirror:
         self._retries.pop(what, None)
         return True
 
-    def _bring_release(self, release_id: str) -> None:
+    def _bring_current(self, release_id: str) -> None:
+        here = self._brought(release_id)
+        if here is None or release_id != next(iter(self.view.releases)):
+            here = self._fetch(release_id) if here is None else self._changed(here)
+            self._tell_releases({release_id: here} | {**self.view.releases, release_id: here})
+
+    def _bring_beside(self, release_id: str) -> None:
+        if self._brought(release_id) is None:
+            self._tell_releases({**self.view.releases, release_id: self._fetch(release_id)})
+
+    def _brought(self, release_id: str) -> LocalRelease | None:
         here = self.view.releases.get(release_id)
-        if here is None or not Path(here.folder).is_dir():
-            folder = self._store.fetch(release_id, self._cache_dir, self._progress).absolute()
-            if self._huge_pages:  # before a worker has mapped it in small ones
-                Snapshot.open(folder / ITEMS).settle()
-            here = self._changed(LocalRelease(folder=str(folder), spec_id=_spec_id(folder)))
-        elif release_id == next(iter(self.view.releases)):
-            return
-        else:
-            here = self._changed(here)
+        return here if here is not None and Path(here.folder).is_dir() else None
+
+    def _fetch(self, release_id: str) -> LocalRelease:
+        folder = self._store.fetch(release_id, self._cache_dir, self._progress).absolute()
+        if self._huge_pages:  # before a worker has mapped it in small ones
+            Snapshot.open(folder / ITEMS).settle()
+        here = self._changed(LocalRelease(folder=str(folder), spec_id=_spec_id(folder)))
         if here.spec_id not in self.view.users:  # a release is told together with its users
             self._bring_users(here.spec_id, self._store.users_version(here.spec_id))
-        # the one before stays: a reader may be opening it just now, and a rollback finds it
-        before = islice(((name, other) for name, other in self.view.releases.items() if name != release_id), 1)
-        releases = {release_id: here, **dict(before)}
+        return here
+
+    def _forget(self, live: set[str]) -> None:
+        """All but what is live and the one before: a reader may be opening it just now, and a rollback finds it."""
+        releases = self.view.releases
+        before = islice((name for name in list(releases)[1:] if name not in live), 1)
+        kept = {*list(releases)[:1], *before, *live}
+        if not kept.issuperset(releases):
+            self._tell_releases({name: here for name, here in releases.items() if name in kept})
+
+    def _tell_releases(self, releases: dict[str, LocalRelease]) -> None:
         specs = {release.spec_id for release in releases.values()}
         users = {spec_id: table for spec_id, table in self.view.users.items() if spec_id in specs}
         self._tell(releases=releases, users=users)
@@ -274,8 +301,8 @@ class MirrorStore:
         contact_s = self._known().contact_s
         return monotonic() if contact_s is None else contact_s
 
-    def wait(self, seen: str | None, timeout_s: float) -> str | None:
-        """The release that the store names, as soon as there is news of any kind or the time is up.
+    def wait(self, seen: Live, timeout_s: float) -> Live:
+        """What the store names, as soon as there is news of any kind or the time is up.
 
         Raises StoreError when the store or the process that asks it is gone; news of what lies here comes before that.
         """
@@ -290,11 +317,11 @@ class MirrorStore:
                 news = view.contact_s is not None and (self._view is None or _told(view) != _told(self._view))
                 self._view = view
                 if news:
-                    return view.current
+                    return _live(view)
                 self._check(view)
             left = deadline - monotonic()
             if left <= 0:
-                return self._known().current
+                return _live(self._known())
             time.sleep(min(POLL_S, left))
 
     def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
@@ -355,6 +382,10 @@ class MirrorStore:
         if view.failure is None:
             return Awaited(f"{what} is being fetched from {self.url}: it is served once it is here")
         return Awaited(view.failure, failures=view.failures)
+
+
+def _live(view: View) -> Live:
+    return Live(current=view.current, rollout=view.rollout)
 
 
 def _told(view: View) -> View:

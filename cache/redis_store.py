@@ -2,9 +2,10 @@
 
     {prefix}:releases                    hash: release id -> manifest; a release exists once its manifest does
     {prefix}:current, {prefix}:previous  the release in use; a list of those before it, newest first
+    {prefix}:rollout, {prefix}:audit     canaries and shadow; a list of changes, newest first (cache/rollout.py)
     {prefix}:users                       hash: spec id -> manifest of its user table
     {prefix}:publishing:<id>             lease of a publisher at work, renewed with every batch of chunks
-    {prefix}:notices                     channel: a message for every change of `current`
+    {prefix}:notices                     channel: a message for every change of `current` or `rollout`
     prefix:release:<id>:<file>:<n>       chunks of 2 MiB; prefix:users:<version>:<file>:<n> likewise
     prefix:changes, prefix:dead,         change logs (cache/redis_log.py)
     prefix:records:<bundle id>
@@ -15,6 +16,7 @@ over all masters of a cluster, one command a key. Only scripts change `current` 
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +25,13 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
 
 from cache.changes import ChangeLog, Newer
 from cache.errors import StoreError, UnknownRelease, disk_error
-from cache.follow import Follower
+from cache.follow import Followers
 from cache.redis_chunks import STREAMS, Chunks, Manifest
 from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
@@ -50,45 +52,65 @@ from cache.release import (
     seal_users,
     sha256,
 )
-from cache.store import HISTORY, Names, ReleaseInfo, ReleaseInfos
+from cache.rollout import (
+    ALONE,
+    AUDITED,
+    Audited,
+    Change,
+    Live,
+    State,
+    changed,
+    decode_audited,
+    decode_rollout,
+    encode,
+    newly_live,
+    this_user,
+)
+from cache.store import Changes, Names, ReleaseInfo, ReleaseInfos
 
 LEASE_S = 30.0  # a publisher that has written nothing for so long is dead
 PATIENCE_S = 60.0  # how long a publisher waits for a server that is restarted or replaced
 POLL_S = 1.0  # how often a waiting reader looks, should a notice be lost
 
-ACTIVATE = """
-if redis.call('HEXISTS', KEYS[3], ARGV[1]) == 0 then return 0 end
-local old = redis.call('GET', KEYS[1])
-if old == ARGV[1] then return 1 end
-if old then
-  redis.call('LPUSH', KEYS[2], old)
-  redis.call('LTRIM', KEYS[2], 0, ARGV[2] - 1)
+CHANGE = """
+-- as found: current, rollout, previous; what to write: current, rollout, previous, audited, how many of these stay; new
+-- are the releases that become live
+local function text(key) return redis.call('GET', key) or '' end
+local found = cjson.decode(ARGV[1])
+if text(KEYS[1]) ~= found[1] or text(KEYS[5]) ~= found[2] then return 0 end
+if table.concat(redis.call('LRANGE', KEYS[2], 0, -1), ',') ~= found[3] then return 0 end
+local to = cjson.decode(ARGV[2])
+for _, id in ipairs(to.new) do
+  if redis.call('HEXISTS', KEYS[3], id) == 0 then return 0 end
 end
-redis.call('SET', KEYS[1], ARGV[1])
-redis.call('PUBLISH', KEYS[4], ARGV[1])
+redis.call('SET', KEYS[1], to.current)
+if to.rollout == '' then redis.call('DEL', KEYS[5]) else redis.call('SET', KEYS[5], to.rollout) end
+redis.call('DEL', KEYS[2])
+for place = #to.previous, 1, -1 do redis.call('LPUSH', KEYS[2], to.previous[place]) end
+redis.call('LPUSH', KEYS[6], to.audited)
+redis.call('LTRIM', KEYS[6], 0, to.kept - 1)
+redis.call('PUBLISH', KEYS[4], to.current)
 return 1
-"""
-ROLLBACK = """
-local id = redis.call('LPOP', KEYS[2])
-while id and redis.call('HEXISTS', KEYS[3], id) == 0 do id = redis.call('LPOP', KEYS[2]) end
-if not id then return false end
-redis.call('SET', KEYS[1], id)
-redis.call('PUBLISH', KEYS[4], id)
-return id
 """
 PRUNE = """
 local ids = redis.call('HKEYS', KEYS[3])
-local current = redis.call('GET', KEYS[1])
+local live = {[redis.call('GET', KEYS[1]) or ''] = true}
+local rollout = cjson.decode(redis.call('GET', KEYS[5]) or '{}')
+for _, canary in ipairs(rollout.canaries or {}) do live[canary.release] = true end
+if type(rollout.shadow) == 'table' then live[rollout.shadow.release] = true end
 table.sort(ids)
 local doomed = {}
 for place = 1, #ids - ARGV[1] do
-  if ids[place] ~= current then
+  if not live[ids[place]] then
     table.insert(doomed, ids[place])
     redis.call('HDEL', KEYS[3], ids[place])
   end
 end
 return doomed
 """
+
+CONTROL = ("current", "previous", "releases", "notices", "rollout", "audit")  # KEYS of all scripts
+CONTESTED = 100  # times that a change is made anew, because another came first
 
 Pause = Callable[[float], Any]
 
@@ -102,11 +124,11 @@ class RedisStore:
         self._address = read_url(url)
         self.url, prefix = self._address.url, self._address.prefix
         self._lease_s = lease_s
-        self._control = [f"{{{prefix}}}:{name}" for name in ("current", "previous", "releases", "notices")]
-        self._current, _, self._releases, self._notices = self._control
+        self._control = [f"{{{prefix}}}:{name}" for name in CONTROL]
+        self._current, self._previous, self._releases, self._notices, self._rollout, self._audit = self._control
         self._users = f"{{{prefix}}}:users"
         self._verified: set[Path] = set()
-        self._follower = Follower(self.log)
+        self._followers = Followers(self.log)
         self._notices_of: Any = None  # redis.client.PubSub, once somebody has waited
         self._may_subscribe = True
 
@@ -135,28 +157,55 @@ class RedisStore:
             self._upload(f"release:{release.id}", folder, release, manifest, progress)
         return release.id
 
-    def activate(self, release_id: str) -> None:
+    def change(self, change: Change, by: str | None = None) -> Audited | None:
         with self._errors():
-            release, _ = self._release(release_id)
-            missing = self._chunks.missing(f"release:{release_id}", release)
-            if missing:
-                raise StoreError(
-                    f"release {release_id} in {self.url} lacks {len(missing)} chunks, the first of {missing[0].path}: "
-                    "publish it again, and set maxmemory-policy to noeviction"
-                )
-            if not self._run(ACTIVATE, release_id, HISTORY):
-                raise self._unknown(release_id)
+            for _ in range(CONTESTED):
+                found = self._found()
+                before = found.state(self._rollout)
+                after = changed(before, change, {name.decode() for name in self._client.hkeys(self._releases)})
+                for name in newly_live(before.live, after.live, change):
+                    self._check_complete(name)
+                if after == before:
+                    return None
+                audited = Audited.of(change.verb, by or this_user(), before.live, after.live)
+                if self._run(CHANGE, found.as_read(), _as_written(before, after, audited)):
+                    return audited
+            raise StoreError(f"{self.url}: what is live changed {CONTESTED} times meanwhile: try again")
+
+    def activate(self, release_id: str) -> None:
+        self.change(Change(verb="activate", release=release_id))
+
+    def live(self) -> Live:
+        with self._errors():
+            rollout = self._client.get(self._rollout)  # first: a promotion seen half is then one whose canary goes on
+            return _live(_text(self._client.get(self._current)), rollout, self._rollout)
 
     def current(self) -> str | None:
         with self._errors():
             return _text(self._client.get(self._current))
 
-    def rollback(self) -> str:
+    def audit(self) -> Changes:
         with self._errors():
-            release_id = _text(self._run(ROLLBACK))
-            if release_id is None:
-                raise StoreError(f"{self.url}: nothing to go back to: choose with `ranktower releases activate`")
-            return release_id
+            lines = self._client.lrange(self._audit, 0, AUDITED - 1)
+        return [decode_audited(line, f"{self._audit} in {self.url}") for line in reversed(lines)]
+
+    def rollback(self) -> str:
+        self.change(Change(verb="rollback"))
+        return self.current() or ""
+
+    def _check_complete(self, release_id: str) -> None:
+        release, _ = self._release(release_id)
+        missing = self._chunks.missing(f"release:{release_id}", release)
+        if missing:
+            raise StoreError(
+                f"release {release_id} in {self.url} lacks {len(missing)} chunks, the first of {missing[0].path}: "
+                "publish it again, and set maxmemory-policy to noeviction"
+            )
+
+    def _found(self) -> _Found:
+        """Read one by one: the script looks whether they hold together."""
+        get = self._client.get
+        return _Found(get(self._current), get(self._rollout), self._client.lrange(self._previous, 0, -1))
 
     def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
         target = self._cache(cache_dir) / release_id
@@ -168,6 +217,7 @@ class RedisStore:
         return target
 
     def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
+        self._followers.keep(keep)
         with self._errors():
             return drop_cached(self._cache(cache_dir), keep)
 
@@ -178,15 +228,15 @@ class RedisStore:
             doomed = {name.decode() for name in self._run(PRUNE, keep)}
             return sorted(doomed | self._sweep())
 
-    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+    def wait(self, seen: Live, timeout_s: float) -> Live:
         """By notices, and by looking every second should one be lost. For one thread at a time."""
         deadline = time.monotonic() + timeout_s
         with self._errors(), self._notified() as pause:
             while True:
-                current = self.current()
+                live = self.live()
                 left = deadline - time.monotonic()
-                if current != seen or left <= 0:
-                    return current
+                if live != seen or left <= 0:
+                    return live
                 pause(min(POLL_S, left))
 
     # --- users
@@ -232,10 +282,10 @@ class RedisStore:
             self._forget(old)
 
     def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
-        return self._follower.bring(folder, cache_dir)
+        return self._followers.bring(folder, cache_dir)
 
     def close(self) -> None:
-        self._follower.close()
+        self._followers.close()
         self._unsubscribe()
         if "_client" in self.__dict__:
             self._client.close()
@@ -385,6 +435,42 @@ class RedisStore:
                 ReleaseInfo.read(name.decode(), partial(parse_release, raw, f"{name!r} in {self.url}"), current)
                 for name, raw in stored
             ]
+
+
+class _Found(NamedTuple):
+    """The control keys as they were read."""
+
+    current: bytes | None
+    rollout: bytes | None
+    previous: list[bytes]  # newest first
+
+    def state(self, where: str) -> State:
+        live = _live(_text(self.current), self.rollout, where)
+        return State(live=live, previous=tuple(name.decode() for name in self.previous))
+
+    def as_read(self) -> str:
+        """What CHANGE compares."""
+        parts = [self.current or b"", self.rollout or b"", b",".join(self.previous)]
+        return json.dumps([part.decode() for part in parts])
+
+
+def _live(current: str | None, rollout: bytes | None, where: str) -> Live:
+    found = ALONE if rollout is None else decode_rollout(rollout, where, "delete that key")
+    return Live(current=current, rollout=found)
+
+
+def _as_written(before: State, after: State, audited: Audited) -> str:
+    live = after.live
+    return json.dumps(
+        {
+            "current": live.current,
+            "rollout": encode(live.rollout).decode() if live.rollout.releases else "",
+            "previous": list(after.previous),
+            "new": [name for name in live.releases if name not in before.live.releases],
+            "audited": encode(audited).decode(),
+            "kept": AUDITED,
+        }
+    )
 
 
 def _text(value: Any) -> str | None:

@@ -1,7 +1,8 @@
 """Where releases live: the verbs that every store has, and the store behind a URL.
 
-Publish writes under a new name, reads back and verifies; `activate` flips `current` in one step. Readers of the old
-release keep it. The user table is an artifact of its own, keyed by the feature specification, one version at a time.
+Publish writes under a new name, reads back and verifies; `activate` flips `current` in one step, as every change of
+what is live is one step, audited (cache/rollout.py). Readers of the old release keep it. The user table is an artifact
+of its own, keyed by the feature specification, one version at a time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from urllib.parse import urlsplit
 from cache.changes import ChangeLog, Newer
 from cache.errors import StoreError
 from cache.release import Progress, Release, UserTable, no_progress
+from cache.rollout import Audited, Change, Live
 
 Names = list[str]  # a method named `list` hides the builtin from annotations
-HISTORY = 16  # releases that `rollback` can go back through
 POLL_S = 0.2  # how often a waiting reader looks, where no notice wakes it
 
 
@@ -69,6 +70,7 @@ class ReleaseInfo:
 
 
 ReleaseInfos = list[ReleaseInfo]
+Changes = list[Audited]
 
 
 class ReadableStore(Protocol):
@@ -78,8 +80,8 @@ class ReadableStore(Protocol):
     def url(self) -> str:
         """The URL, without a password."""
 
-    def wait(self, seen: str | None, timeout_s: float) -> str | None:
-        """The current release, as soon as it is not `seen` or the time is up."""
+    def wait(self, seen: Live, timeout_s: float) -> Live:
+        """What is live, as soon as it is not `seen` or the time is up."""
 
     def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
         """A local folder with the release, every hash verified once in the life of this object.
@@ -114,19 +116,32 @@ class ReleaseStore(ReadableStore, Protocol):
         Publishing what is there already changes nothing; what a killed publisher left is completed.
         """
 
+    def change(self, change: Change, by: str | None = None) -> Audited | None:
+        """Change what is live, in one step with its line in the audit trail; None where it is so already.
+
+        by: who does, this process's user where None. Raises RolloutRefused, or UnknownRelease; StoreError for a release
+        that is not complete.
+        """
+
     def activate(self, release_id: str) -> None:
-        """Make a complete release the current one, in one step; the one before is remembered for `rollback`."""
+        """Make a complete release the current one; the one before is remembered for `rollback`."""
+
+    def live(self) -> Live: ...
 
     def current(self) -> str | None: ...
+
+    def audit(self) -> Changes:
+        """The latest changes of what is live, newest last."""
 
     def list(self) -> ReleaseInfos:
         """All complete releases, oldest first; damaged ones, too."""
 
     def rollback(self) -> str:
-        """Go back to the release that was current before; returns its name."""
+        """End the canaries, where there are any; else go back to the release that was current before. Returns the
+        current one."""
 
     def prune(self, keep: int) -> Names:
-        """Delete all but the newest `keep` releases and the current one, and what dead publishers left: their names."""
+        """Delete all but the newest `keep` releases and those that are live, and what dead publishers left: names."""
 
     def publish_users(self, path: Path, progress: Progress = no_progress) -> str:
         """Replace the user table of the specification that owns the snapshot; returns its version. Older ones go."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cache.changes import CHANGES, DEAD, ChangeLog, Entry, decode_dead, decode_embedded, records_log
 from cache.errors import StoreError
+from cache.rollout import Change
 from cache.store import ReleaseStore
 
 READ_ENTRIES = 16  # at a time
@@ -51,6 +52,15 @@ def check_watermark(store: ReleaseStore, watermark: int, what: str) -> None:
             f"{what} contains the changes up to position {watermark}, {store.url} has trimmed its log up to {floor}: "
             f"export the items again and publish them (with --watermark {floor} if they contain those changes)"
         )
+
+
+def check_change(store: ReleaseStore, change: Change) -> None:
+    """The same of the release that a change names, where it may become live."""
+    if change.share == 0:
+        return
+    for info in store.list():
+        if info.id == change.release and not info.damage:
+            check_watermark(store, info.watermark, f"release {info.id}")
 
 
 def lowest_watermarks(store: ReleaseStore) -> dict[str, int]:

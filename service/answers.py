@@ -17,11 +17,14 @@ from kernel.ids import Texts
 from kernel.items import items_json
 from service.admission import Permit
 from service.errors import RequestError
+from service.live import Serving
 from service.ranker import Ranker, Ranking
 from service.telemetry import StageClock
 from service.wire import RankRequest
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
+
+Rank = RankRequest[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class Answer:
     release: str
     rankings: Sequence[Ranking]
     media_type: str = JSON
+    requests: Sequence[Rank] = ()  # of the rankings, unless they were retrieved: a shadow scores them, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,29 +46,29 @@ class Limits:
     max_batch: int
 
 
-Rank = RankRequest[Any, Any]
-Answerer = Callable[[Permit, Ranker, bytes, Limits, StageClock], Answer]
+Answerer = Callable[[Permit, Serving, bytes, Limits, StageClock], Answer]
 
 
-def answer_rank(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, clock: StageClock) -> Answer:
+def answer_rank(permit: Permit, serving: Serving, body: bytes, limits: Limits, clock: StageClock) -> Answer:
     """`POST /v1/rank`. Raises RequestError; DeadlineExceeded when the caller's time is over before scoring."""
-    ranking = rank(permit, ranker, ranker.decoders.rank(body), limits, clock)
-    answer = Answer(encode_ranking(ranking), ranker.release, [ranking])
+    request = serving.current.decoders.rank(body)
+    ranking = rank(permit, serving, request, limits, clock)
+    answer = Answer(encode_ranking(ranking), ranking.release, [ranking], requests=[request])
     clock.lap("respond")
     return answer
 
 
-def rank(permit: Permit, ranker: Ranker, request: Rank, limits: Limits, clock: StageClock) -> Ranking:
+def rank(permit: Permit, serving: Serving, request: Rank, limits: Limits, clock: StageClock) -> Ranking:
     """The ranking that a decoded request asks for, whatever form it came in."""
     _check_candidates(request, limits, "")
     clock.lap("decode")
     permit.check_deadline(request.deadline_ms)
-    return ranker.rank(request, clock, permit.ends_ns(request.deadline_ms))
+    return serving.of(request.user_id).rank(request, clock, permit.ends_ns(request.deadline_ms))
 
 
-def answer_batch(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, clock: StageClock) -> Answer:
+def answer_batch(permit: Permit, serving: Serving, body: bytes, limits: Limits, clock: StageClock) -> Answer:
     """`POST /v1/rank:batch`: all are answered, or the first wrong one is named. The shortest deadline counts."""
-    requests = ranker.decoders.batch(body).requests
+    requests = serving.current.decoders.batch(body).requests
     if len(requests) > limits.max_batch:
         raise RequestError(
             f"requests has {len(requests)} entries, this service takes {limits.max_batch}",
@@ -76,19 +80,35 @@ def answer_batch(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, cl
     clock.lap("decode")
     deadline_ms = min((r.deadline_ms for r in requests if r.deadline_ms is not None), default=None)
     permit.check_deadline(deadline_ms)
-    rankings = ranker.rank_batch(requests, clock, permit.ends_ns(deadline_ms))
-    answer = Answer(encode_batch(ranker.release, rankings), ranker.release, rankings)
+    rankings = _rank_batch(serving, requests, clock, permit.ends_ns(deadline_ms))
+    release = serving.current.release
+    answer = Answer(encode_batch(release, rankings), release, rankings, requests=requests)
     clock.lap("respond")
     return answer
 
 
-def answer_retrieve(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, clock: StageClock) -> Answer:
-    """`POST /v1/retrieve`. Raises RetrievalOff where no index is loaded."""
-    request = ranker.decoders.retrieve(body)
+def _rank_batch(serving: Serving, requests: list[Rank], clock: StageClock, deadline_ns: int) -> list[Ranking]:
+    """Each by its own user's release, in one call of the kernel for each of them."""
+    if not serving.canaries:
+        return serving.current.rank_batch(requests, clock, deadline_ns)
+    shares: dict[Ranker, list[int]] = {}
+    for number, request in enumerate(requests):
+        shares.setdefault(serving.of(request.user_id), []).append(number)
+    rankings: dict[int, Ranking] = {}
+    for ranker, numbers in shares.items():
+        share = ranker.rank_batch([requests[number] for number in numbers], clock, deadline_ns, numbers)
+        rankings |= zip(numbers, share, strict=True)
+    return [rankings[number] for number in range(len(requests))]
+
+
+def answer_retrieve(permit: Permit, serving: Serving, body: bytes, limits: Limits, clock: StageClock) -> Answer:
+    """`POST /v1/retrieve`. Raises RetrievalOff where no index is loaded; a canary without one leaves its share."""
+    request = serving.current.decoders.retrieve(body)
     clock.lap("decode")
     permit.check_deadline(request.deadline_ms)
-    ranking = ranker.retrieve(request, clock)
-    answer = Answer(encode_ranking(ranking), ranker.release, [ranking])
+    ranker = serving.of(request.user_id)
+    ranking = (serving.current if ranker.index is None else ranker).retrieve(request, clock)
+    answer = Answer(encode_ranking(ranking), ranking.release, [ranking])
     clock.lap("respond")
     return answer
 

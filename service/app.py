@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -31,15 +32,18 @@ from cache.store import ReadableStore, open_store
 from kernel import engine
 from model.errors import RankTowerError
 from service import problems
+from service.admin import BODY_BYTES, Admin, caller_of
 from service.admission import Admission, Permit
 from service.answers import JSON, Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
 from service.at_once import ARRIVED, BATCH, RANK, STATE, AtOnce
 from service.errors import BodyTooLarge
+from service.live import Serving
 from service.media import ARROW_ROOM, check_encoding, form_of, is_loaded, spoken
 from service.openapi import TITLE, VERSION, describe, documented
 from service.ranker import Ranker
-from service.refresh import Refresher
+from service.refresh import Refresher, Standing
 from service.settings import Settings
+from service.shadow import ShadowScorer
 from service.telemetry import StageClock, Telemetry
 from service.user_cache import UserCache
 
@@ -68,10 +72,12 @@ class Service:
             refresh_s=settings.refresh_s,
             huge_pages=settings.huge_pages,
             on_swap=self._announce,
+            on_rollout=self._announce_rollout,
             on_failure=self.telemetry.refresh_failures.inc,
             on_wait=self._tell_waiting,
             contact=store.contact_s if isinstance(store, MirrorStore) else monotonic,
         )
+        self.admin, self.shadow = Admin(settings), ShadowScorer(self.telemetry)
         self._warned: str | None = None  # the release whose lack of an index is in the log
 
     @asynccontextmanager
@@ -91,6 +97,7 @@ class Service:
             self.draining = True
             restore()
             self.pool.shutdown()
+            self.shadow.stop()
             await asyncio.get_running_loop().run_in_executor(None, self.refresher.stop)
             self.store.close()
 
@@ -113,33 +120,34 @@ class Service:
         body = await _read(request, self.settings.max_body_bytes)
         clock = StageClock()
         async with self.admission.admit(arrived_ns) as permit:
-            ranker = self.refresher.ranker()
-            answer = await self._work(answerer, permit, ranker, body, form, clock)
+            serving = self.refresher.serving()
+            answer = await self._work(answerer, permit, serving, body, form, clock)
         self.count(answer, clock)
         headers = {"Server-Timing": clock.header(), "X-RankTower-Release": answer.release}
         return Response(answer.body, media_type=answer.media_type, headers=headers)
 
     async def _work(
-        self, answerer: Answerer, permit: Permit, ranker: Ranker, body: bytes, form: str, clock: StageClock
+        self, answerer: Answerer, permit: Permit, serving: Serving, body: bytes, form: str, clock: StageClock
     ) -> Answer:
         """On the event loop what is quick, in the pool what is not, which must be known before anything is decoded."""
 
         def begin() -> Answer:
             clock.lap("queue")  # waiting for a thread of the pool is waiting, too
-            return answerer(permit, ranker, body, self.limits, clock)
+            return answerer(permit, serving, body, self.limits, clock)
 
-        if self.is_quick(ranker, answerer, body, form):
+        if self.is_quick(serving, answerer, body, form):
             return begin()
         return await asyncio.get_running_loop().run_in_executor(self.pool, begin)
 
-    def is_quick(self, ranker: Ranker, answerer: Answerer, body: bytes, form: str) -> bool:
+    def is_quick(self, serving: Serving, answerer: Answerer, body: bytes, form: str) -> bool:
         """Whether the event loop may answer. A search may not: it takes as long as its index is large."""
         if answerer is answer_retrieve:
             return False
         rankings = min(body.count(b"{"), self.limits.max_batch) if answerer is answer_batch else 1
         budget_ns = self.settings.inline_ms * 1e6 - REQUEST_NS * rankings
-        enough = budget_ns / max(ranker.candidate_ns, 1.0)
-        return ranker.candidate_ns * _most_candidates(body, form, enough) <= budget_ns
+        candidate_ns = serving.candidate_ns
+        enough = budget_ns / max(candidate_ns, 1.0)
+        return candidate_ns * _most_candidates(body, form, enough) <= budget_ns
 
     def count(self, answer: Answer, clock: StageClock) -> None:
         """What telemetry keeps of an answer."""
@@ -148,6 +156,17 @@ class Service:
             self.telemetry.candidates.observe(ranking.candidates)
             self.telemetry.missing.inc(len(ranking.missing))
             self.telemetry.unknown_users.inc(ranking.user_known is False)
+        serving = self.refresher.standing.serving
+        if serving is not None and not serving.is_alone:
+            self._count_releases(answer, clock)
+            self.shadow.offer(serving, answer)
+
+    def _count_releases(self, answer: Answer, clock: StageClock) -> None:
+        counts = Counter(ranking.release for ranking in answer.rankings)
+        for release, rankings in counts.items():
+            self.telemetry.observe_release(release, rankings)
+            if len(counts) == 1:
+                self.telemetry.observe_release_seconds(release, clock)
 
     def state(self) -> dict[str, Any]:
         """`schema.Ready`."""
@@ -161,6 +180,7 @@ class Service:
             "draining": self.draining,
             "users": standing.users,
             "retrieval": standing.ranker is not None and standing.ranker.index is not None,
+            "rollout": rollout_state(standing),
             "changes": {
                 "watermark": standing.ranker.watermark if standing.ranker else None,
                 "items": standing.ranker.changed if standing.ranker else 0,
@@ -175,6 +195,13 @@ class Service:
                 "failures": standing.failures,
             },
         }
+
+    def compared(self) -> dict[str, Any]:
+        """`schema.RolloutState` with what the shadow found."""
+        state = rollout_state(self.refresher.standing)
+        if state["shadow"] is not None:
+            state["shadow"]["compared"] = self.telemetry.shadow_means(state["shadow"]["release"])
+        return state
 
     def metrics(self) -> bytes:
         """Those that are told by events, and how this process stands now."""
@@ -212,6 +239,23 @@ class Service:
             log.warning("/v1/retrieve answers 409: %s", ranker.no_index())
         self.telemetry.serve_release(ranker.release, ranker.bundle.id)
 
+    def _announce_rollout(self, standing: Standing) -> None:
+        state = rollout_state(standing)
+        for canary in state["canaries"]:
+            if canary["serving"]:
+                log.info("canary %s answers %g %% of the users", canary["release"], 100 * canary["weight"])
+        if (shadow := state["shadow"]) is not None and shadow["serving"]:
+            log.info("shadow %s scores %g %% of the requests", shadow["release"], 100 * shadow["share"])
+        if not standing.rollout.releases:
+            log.info("release %s answers alone", standing.current)
+        shares = {(each["release"], "canary"): each["weight"] for each in state["canaries"] if each["serving"]}
+        left = 1.0 - sum(shares.values())
+        if standing.ranker is not None and standing.rollout.releases:
+            shares[standing.ranker.release, "current"] = left
+        if shadow is not None and shadow["serving"]:
+            shares[shadow["release"], "shadow"] = shadow["share"]
+        self.telemetry.show_shares(shares, set(standing.refused))
+
     def _drain_on_sigterm(self) -> Callable[[], None]:
         """Turn unready at SIGTERM and let the server stop `drain_s` later; returns what undoes this."""
         if threading.current_thread() is not threading.main_thread():
@@ -230,6 +274,22 @@ class Service:
 
         signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(begin))
         return restore
+
+
+def rollout_state(standing: Standing) -> dict[str, Any]:
+    """`schema.RolloutState`, without what the shadow found."""
+
+    def told(release: str) -> dict[str, Any]:
+        serving = standing.serving is not None and release in standing.serving.beside
+        return {"serving": serving, "refused": standing.refused.get(release)}
+
+    rollout = standing.rollout
+    canaries = [{"release": each.release, "weight": each.weight, **told(each.release)} for each in rollout.canaries]
+    shadow = rollout.shadow
+    return {
+        "canaries": canaries,
+        "shadow": shadow and {"release": shadow.release, "share": shadow.share, **told(shadow.release), "compared": []},
+    }
 
 
 def _most_candidates(body: bytes, form: str, enough: float) -> int:
@@ -313,6 +373,7 @@ def create_app(settings: Settings, store: ReadableStore | None = None) -> FastAP
         app.add_exception_handler(kind, _refuse)
     _add_answers(app, service)
     _add_state(app, service)
+    _add_admin(app, service)
     return app
 
 
@@ -345,7 +406,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/v1/release", **documented("release"))
     async def release() -> Response:
         """What is served: release, head, network, counts, metrics."""
-        return Response(orjson.dumps(service.refresher.ranker().describe()), media_type=JSON)
+        document = service.refresher.ranker().describe() | {"rollout": service.compared()}
+        return Response(orjson.dumps(document), media_type=JSON)
 
     @app.get("/v1/sample", **documented("sample"))
     async def sample(
@@ -378,3 +440,24 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Metrics in the Prometheus text format."""
         return Response(service.metrics(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_admin(app: FastAPI, service: Service) -> None:
+    """The calls that change what is live: never on the short way, off without a token, apart from the ranking pool."""
+
+    @app.get("/admin/releases", **documented("admin_releases"))
+    async def admin_releases(request: Request) -> Response:
+        """What is live, how the shadow compares, and who changed what."""
+        service.admin.check(request.headers.get("authorization", ""))
+        told = await asyncio.get_running_loop().run_in_executor(None, service.admin.audit)
+        return Response(orjson.dumps(told | {"here": service.compared()}), media_type=JSON)
+
+    @app.post("/admin/releases/{verb}", **documented("admin_change"))
+    async def admin_change(request: Request, verb: str) -> Response:
+        """Change what is live: activate, promote, rollback, canary, shadow or abort."""
+        service.admin.check(request.headers.get("authorization", ""))
+        body = await _read(request, BODY_BYTES)
+        caller = caller_of(request.headers, request.client.host if request.client else "unknown")
+        change = partial(service.admin.change, verb, body, caller)
+        answer = await asyncio.get_running_loop().run_in_executor(None, change)
+        return Response(orjson.dumps(answer), media_type=JSON)

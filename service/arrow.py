@@ -28,6 +28,7 @@ from model.features import IdType
 from service.admission import Permit
 from service.answers import ARROW, JSON, Answer, Answerer, Limits, counts_of, encode_ranking, json_ids, rank
 from service.errors import MalformedBody, RequestError, UnsupportedBody
+from service.live import Serving
 from service.ranker import Ranker, Ranking
 from service.schema import ID_LENGTH
 from service.telemetry import StageClock
@@ -46,11 +47,12 @@ WRITTEN = pa.ipc.IpcWriteOptions(use_threads=False)
 def answerer(*, takes: bool, sends: bool) -> Answerer:
     """Answers to bodies that are Arrow or JSON (`takes`), in Arrow or JSON (`sends`)."""
 
-    def answer_rank(permit: Permit, ranker: Ranker, body: bytes, limits: Limits, clock: StageClock) -> Answer:
-        request = read_request(ranker, body) if takes else ranker.decoders.rank(body)
-        ranking = rank(permit, ranker, request, limits, clock)
-        encoded = write_ranking(ranking, ranker.spec.item_id_type) if sends else encode_ranking(ranking)
-        answer = Answer(encoded, ranker.release, [ranking], ARROW if sends else JSON)
+    def answer_rank(permit: Permit, serving: Serving, body: bytes, limits: Limits, clock: StageClock) -> Answer:
+        current = serving.current
+        request = read_request(current, body) if takes else current.decoders.rank(body)
+        ranking = rank(permit, serving, request, limits, clock)
+        encoded = write_ranking(ranking, current.spec.item_id_type) if sends else encode_ranking(ranking)
+        answer = Answer(encoded, ranking.release, [ranking], ARROW if sends else JSON, [request])
         clock.lap("respond")
         return answer
 

@@ -125,14 +125,14 @@ class AtOnce:
     def _answer(self, asked: Asked) -> Answer | None:
         """None where it must wait for its turn, would hold up the loop, or is wrong."""
         service, answerer, body = self._service, asked.answerer, asked.body
-        ranker = service.refresher.standing.ranker
-        if ranker is None or service.admission.is_full:
+        serving = service.refresher.standing.serving
+        if serving is None or service.admission.is_full:
             return None
         try:
-            if not service.is_quick(ranker, answerer, body, asked.form):
+            if not service.is_quick(serving, answerer, body, asked.form):
                 return None
             asked.clock.lap("queue")
-            return answerer(Permit(asked.arrived_ns), ranker, body, service.limits, asked.clock)
+            return answerer(Permit(asked.arrived_ns), serving, body, service.limits, asked.clock)
         except RankTowerError:  # comes up again on the ordinary way, which answers with it
             return None
         except Exception:

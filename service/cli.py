@@ -58,6 +58,9 @@ def serve(
     drain_s: Annotated[float | None, typer.Option(help="After SIGTERM, unready but answering for so long.")] = None,
     kernel: Annotated[str | None, typer.Option(help="auto, avx512-vnni, avx512, avx2, portable or numpy.")] = None,
     require_native: Annotated[bool | None, typer.Option(help="Refuse to start with the NumPy reference alone.")] = None,
+    admin_token: Annotated[
+        str | None, typer.Option(help="Token of the admin calls; others see flags, not the environment.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Answer requests from the store's current release, and follow it. Every flag is also RANKTOWER_<NAME>."""

@@ -7,6 +7,10 @@ ServiceError                  carries `field` and `remedy` beside its message
         BodyTooLarge          more octets than `max_body_bytes`
         RetrievalOff          the release has no index, or it was not loaded
         DeadlineExceeded      the time that the caller gave was over before scoring
+    AdminOff                  an admin call to a service without a token
+    Unauthorized              an admin call with another token
+    ChangeRefused             what is live cannot be changed as an admin call asks
+    StoreFailed               the store did not do what an admin call asked
     Busy                      the queue is full
     NotReady                  no release is loaded yet, or the service is going away
     ReleaseError              a release that does not fit together: the old one serves on
@@ -51,6 +55,22 @@ class RetrievalOff(RequestError):
 
 class DeadlineExceeded(RequestError):
     """The caller's deadline passed before the candidates were scored."""
+
+
+class AdminOff(ServiceError):
+    """There are no admin calls here."""
+
+
+class Unauthorized(ServiceError):
+    """The token of an admin call is wrong or missing."""
+
+
+class ChangeRefused(ServiceError):
+    """What is live cannot be changed so, as things stand."""
+
+
+class StoreFailed(ServiceError):
+    """The store did not do what was asked."""
 
 
 class Busy(ServiceError):

@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from service import problems, schema
 from service.answers import ARROW, JSON
 
+ADMIN = "admin"  # name of the security scheme
 TITLE, VERSION = "RankTower", "1"
 REFERENCE = "#/components/schemas/{model}"
 ARROW_BODY = (
@@ -35,6 +36,7 @@ class Operation(NamedTuple):
     body: type[BaseModel] | None = None
     refusals: tuple[int, ...] = ()
     arrow: bool = False  # bodies and answers may be Arrow IPC streams, too
+    admin: bool = False  # asks for the token
 
 
 RANKING = (409, 413, 415, 422, 429, 503, 504)
@@ -47,6 +49,8 @@ OPERATIONS = {
     "livez": Operation(schema.Alive),
     "readyz": Operation(schema.Ready, refusals=(503,)),
     "metrics": Operation(None),
+    "admin_releases": Operation(schema.AdminAnswer, refusals=(401, 404, 503), admin=True),
+    "admin_change": Operation(schema.ChangeAnswer, schema.ChangeBody, (401, 404, 409, 413, 422, 503), admin=True),
 }
 
 
@@ -56,8 +60,13 @@ def documented(name: str) -> dict[str, Any]:
     extra: dict[str, Any] = {"responses": {"200": _success(operation)}}
     for status in operation.refusals:
         extra["responses"][str(status)] = _refusal(status)
+    if operation.admin:
+        extra["security"] = [{ADMIN: []}]
     if operation.body:
-        extra["requestBody"] = {"required": True, "content": _content(operation.body, ARROW_BODY, operation.arrow)}
+        extra["requestBody"] = {
+            "required": not operation.admin,
+            "content": _content(operation.body, ARROW_BODY, operation.arrow),
+        }
     return {"operation_id": name, "openapi_extra": extra, "response_model": None}
 
 
@@ -73,7 +82,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
     models = {model for o in OPERATIONS.values() for model in (o.answer, o.body) if model} | {schema.Problem}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=REFERENCE)
-    document["components"] = {"schemas": definitions["$defs"]}
+    scheme = {"type": "http", "scheme": "bearer", "description": "RANKTOWER_ADMIN_TOKEN; without one all is 404."}
+    document["components"] = {"schemas": definitions["$defs"], "securitySchemes": {ADMIN: scheme}}
     for operations in document["paths"].values():
         for operation in operations.values():
             _drop_defaults(operation)
@@ -94,7 +104,7 @@ def _success(operation: Operation) -> dict[str, Any]:
         "description": (operation.answer.__doc__ or "").splitlines()[0],
         "content": _content(operation.answer, ARROW_ANSWER, operation.arrow),
     }
-    if operation.body:
+    if operation.body and not operation.admin:
         text = {"type": "string"}
         response["headers"] = {
             "Server-Timing": {"description": TIMING, "schema": text},

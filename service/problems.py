@@ -12,14 +12,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from service.errors import (
+    AdminOff,
     BodyTooLarge,
     Busy,
+    ChangeRefused,
     DeadlineExceeded,
     MalformedBody,
     NotReady,
     RequestError,
     RetrievalOff,
     ServiceError,
+    StoreFailed,
+    Unauthorized,
     UnsupportedBody,
 )
 
@@ -49,6 +53,10 @@ KINDS: dict[type[Exception], Kind] = {  # the nearest class of an error decides
     DeadlineExceeded: Kind(504, f"{URN}deadline-exceeded", "The deadline passed"),
     RequestError: INVALID,
     RequestValidationError: INVALID,
+    AdminOff: NOT_FOUND,
+    Unauthorized: Kind(401, f"{URN}unauthorized", "Not allowed"),
+    ChangeRefused: Kind(409, f"{URN}change-refused", "The change makes no sense as things stand"),
+    StoreFailed: Kind(503, f"{URN}store-failed", "The store did not do it"),
     Busy: Kind(429, f"{URN}busy", "Too many requests"),
     NotReady: Kind(503, f"{URN}not-ready", "Not ready"),
     ClientDisconnect: GONE_AWAY,
@@ -70,6 +78,8 @@ def problem_of(request: Request, error: Exception) -> Response:
     headers = dict(getattr(error, "headers", None) or {})
     if isinstance(error, Busy):
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     if kind == INTERNAL:  # the server closes the connection after it: said so, nobody sends the next request into it
         headers["Connection"] = "close"
     return problem(kind, detail, instance=_path(request), field=field, remedy=remedy, headers=headers)

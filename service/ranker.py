@@ -182,13 +182,20 @@ class Ranker:
         return ranking
 
     def rank_batch(
-        self, requests: Sequence[Rank], clock: StageClock | None = None, deadline_ns: int = 0
+        self,
+        requests: Sequence[Rank],
+        clock: StageClock | None = None,
+        deadline_ns: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> list[Ranking]:
-        """The same for several in one call of the kernel, equal to one by one. Errors name `requests[2].user.age`."""
+        """The same for several in one call of the kernel, equal to one by one.
+
+        Errors name `requests[2].user.age`; numbers: places of the requests in the batch that they are a part of.
+        """
         clock = clock or StageClock()
         if not requests:
             return []
-        places = [f"requests[{number}]." for number in range(len(requests))]
+        places = [f"requests[{number}]." for number in numbers or range(len(requests))]
         users = [self._encode(request, place) for request, place in zip(requests, places, strict=True)]
         clock.lap("encode")
         records = np.stack([self._record(user.features) for user in users])  # one by one: the same bits

@@ -73,7 +73,7 @@ class RankBody(UserBody):
 
 
 class BatchBody(_Record):
-    """Several rankings in one request; all are answered by one release, or none."""
+    """Several rankings in one request; all are answered, each by its user's release, or none."""
 
     requests: list[RankBody]
 
@@ -127,8 +127,81 @@ class RankAnswer(_Record):
 class BatchAnswer(_Record):
     """The answers in the order of the requests."""
 
-    release: str
+    release: str = Field(description="The current one; each ranking names the release that scored it.")
     rankings: list[RankAnswer]
+
+
+class CanaryState(BaseModel):
+    """A release that answers a share of the users."""
+
+    release: str
+    weight: float
+    serving: bool = Field(description="Whether it answers here; while it does not, the current release does.")
+    refused: str | None = Field(description="Why it does not.")
+
+
+class ShadowState(BaseModel):
+    """A release that scores a share of the requests beside the one that answers."""
+
+    release: str
+    share: float
+    serving: bool
+    refused: str | None
+    compared: list[dict[str, Any]] = Field(
+        [],
+        description="Of all workers, by the release `against` which it stood: `rankings`, `missing_items`, and as "
+        "`mean` and `count` each `overlap@10`, `overlap@50`, `overlap@100`, `rank_correlation`, `seconds`.",
+    )
+
+
+class RolloutState(BaseModel):
+    """What is live beside the current release."""
+
+    canaries: list[CanaryState]
+    shadow: ShadowState | None
+
+
+class ChangeBody(_Record):
+    """What an admin call takes beside its verb."""
+
+    release: str | None = Field(None, max_length=100, description="Not for rollback and abort; promote may go without.")
+    weight: float | None = Field(None, description="Of a canary: share of the users from 0, which ends it, to below 1.")
+    share: float | None = Field(None, description="Of a shadow: share of the requests from 0, which ends it, to 1.")
+
+
+class LiveState(BaseModel):
+    """What the store names as live."""
+
+    current: str | None
+    weights: dict[str, float] = Field(description="Share of the users by release, the current one first.")
+    shadow: dict[str, Any] | None = Field(description="Its `release` and its `share` of the requests.")
+
+
+class AuditedChange(BaseModel):
+    """A change of what is live: who made it, and the shares by release before and after it."""
+
+    at: str
+    who: str
+    verb: Literal["activate", "rollback", "canary", "shadow", "promote", "abort"]
+    before: dict[str, float]
+    after: dict[str, float]
+    shadow_before: dict[str, float]
+    shadow_after: dict[str, float]
+
+
+class ChangeAnswer(BaseModel):
+    """What an admin call has done; replicas follow within a second."""
+
+    change: AuditedChange | None = Field(description="null where it was so already.")
+    live: LiveState
+
+
+class AdminAnswer(BaseModel):
+    """What is live, how this replica serves it, and how it came about."""
+
+    live: LiveState
+    here: RolloutState
+    changes: list[AuditedChange] = Field(description="The last 1,000, newest first.")
 
 
 class Sample(_Record):
@@ -160,6 +233,7 @@ class ReleaseAnswer(_Record):
     calibrated: bool
     retrieval: bool
     kernel: str = Field(description="What scores: a level of the kernel, or `onnxruntime` where the head is a graph.")
+    rollout: RolloutState
 
 
 class Alive(_Record):
@@ -178,6 +252,7 @@ class Ready(BaseModel):
     draining: bool
     users: str | None = Field(description="Version of the user table, null without one.")
     retrieval: bool = Field(description="Whether an index is loaded, so that /v1/retrieve answers.")
+    rollout: RolloutState
     changes: dict[str, Any] = Field(
         description="What is known of the changes to items behind the release: `watermark`, the position of the last "
         "that is served, `items`: how many it changed, `behind_s`: for how long one has been in the log that is not "

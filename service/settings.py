@@ -65,6 +65,9 @@ class Settings(KernelSettings):
     )
     refresh_s: float = Field(default=1.0, gt=0, description="Longest time between two looks at the store.")
     drain_s: float = Field(default=1.0, ge=0, description="After SIGTERM, unready but answering for so long.")
+    admin_token: str = Field(
+        default="", repr=False, description="Token of the admin calls; without one there are none."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least that is logged.")
 
     @property
@@ -110,6 +113,7 @@ def _load(kind: type[Loaded], given: Mapping[str, Any]) -> Loaded:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "?"
         source = f"--{name.replace('_', '-')}" if given.get(name) is not None else f"{PREFIX}{name.upper()}"
+        shown = repr(first["input"]) if kind.model_fields[name].repr else "not shown here"
         raise SettingsError(
-            f"{source} is {first['input']!r}", field=name, remedy=first["msg"][0].lower() + first["msg"][1:]
+            f"{source} is {shown}", field=name, remedy=first["msg"][0].lower() + first["msg"][1:]
         ) from error

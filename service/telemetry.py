@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
+    Summary,
     disable_created_metrics,
     generate_latest,
 )
@@ -20,6 +22,7 @@ STAGES = ("queue", "decode", "encode", "user", "score", "topk", "respond")
 
 STAGE_SECONDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5)
 REQUEST_SECONDS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 5.0)
+RELEASE_SECONDS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)  # few: there is a set for each release that took part
 CANDIDATES = (0, 1, 10, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 
 CHANGES = {
@@ -56,6 +59,17 @@ class StageClock:
     def header(self) -> str:
         """The value of Server-Timing, in milliseconds: `queue;dur=0.004, decode;dur=0.112, ...`."""
         return SERVER_TIMING % tuple([spent / 1e6 for spent in self._spent_ns.values()])
+
+
+class Compared(Protocol):
+    """What `service.shadow` says of one ranking."""
+
+    @property
+    def overlap(self) -> Mapping[int, float]: ...
+    @property
+    def correlation(self) -> float | None: ...
+    @property
+    def missing(self) -> int: ...
 
 
 class Telemetry:
@@ -96,6 +110,7 @@ class Telemetry:
             multiprocess_mode="livemostrecent",  # of the worker that is asked: those of others are from when they were
             **within,
         )
+        self._add_rollout(within)
         self._watermark, self._changed, self._behind, self._dead = (
             Gauge(name, text, multiprocess_mode="livemostrecent", **within) for name, text in CHANGES.items()
         )
@@ -105,6 +120,102 @@ class Telemetry:
         self.user_cache_hits, self.user_cache_misses = user_cache.labels("hit"), user_cache.labels("miss")
         self._serving: tuple[str, str] | None = None
         self._answers: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+
+    def _add_rollout(self, within: Any) -> None:
+        """What is counted only while more than one release is live."""
+        self._shares = Gauge(
+            "ranktower_release_share",
+            "Share of the users (current, canary) or of the requests (shadow) that a release has, 0 once it has none.",
+            ["release", "role"],
+            multiprocess_mode="livemax",
+            **within,
+        )
+        self._refused = Gauge(
+            "ranktower_release_refused",
+            "1 for a canary or shadow that a worker does not serve, see /readyz for why.",
+            ["release"],
+            multiprocess_mode="livemax",
+            **within,
+        )
+        self._rankings = Counter(
+            "ranktower_release_rankings_total", "Rankings by release, while others are live.", ["release"], **within
+        )
+        self._release_seconds = Histogram(
+            "ranktower_release_seconds",
+            "Time in all stages of requests that one release answered, while others are live.",
+            ["release"],
+            buckets=RELEASE_SECONDS,
+            **within,
+        )
+        pair = ["release", "against"]
+        self._overlap = Summary(
+            "ranktower_shadow_overlap", "Share of the best k that shadow and answer share.", [*pair, "k"], **within
+        )
+        self._correlation = Summary(
+            "ranktower_shadow_rank_correlation", "Spearman's, of the items that were answered.", pair, **within
+        )
+        self._shadow_seconds = Summary(
+            "ranktower_shadow_seconds", "Time that the shadow took for a ranking.", pair, **within
+        )
+        self._shadow_missing = Counter(
+            "ranktower_shadow_missing_items_total", "Candidates that only the shadow does not know.", pair, **within
+        )
+        self.shadow_dropped = Counter(
+            "ranktower_shadow_dropped_total", "Rankings that the shadow had no time for.", **within
+        )
+        self.shadow_failures = Counter(
+            "ranktower_shadow_failures_total", "Rankings that the shadow could not answer.", **within
+        )
+        self._shown: set[tuple[str, str]] = set()
+        self._shown_refused: set[str] = set()
+
+    def show_shares(self, shares: Mapping[tuple[str, str], float], refused: set[str]) -> None:
+        """shares: by release and role; what is not among them has none any more."""
+        for pair in self._shown | shares.keys():
+            self._shares.labels(*pair).set(shares.get(pair, 0.0))
+        for release in self._shown_refused | refused:
+            self._refused.labels(release).set(float(release in refused))
+        self._shown |= shares.keys()
+        self._shown_refused |= refused
+
+    def observe_release(self, release: str, rankings: int) -> None:
+        self._rankings.labels(release).inc(rankings)
+
+    def observe_release_seconds(self, release: str, clock: StageClock) -> None:
+        self._release_seconds.labels(release).observe(sum(clock.spent_ns.values()) / 1e9)
+
+    def observe_shadow(self, release: str, against: str, found: Compared, seconds: float) -> None:
+        pair = (release, against)
+        for k, overlap in found.overlap.items():
+            self._overlap.labels(*pair, str(k)).observe(overlap)
+        if found.correlation is not None:
+            self._correlation.labels(*pair).observe(found.correlation)
+        if found.missing:
+            self._shadow_missing.labels(*pair).inc(found.missing)
+        self._shadow_seconds.labels(*pair).observe(seconds)
+
+    def shadow_means(self, release: str) -> list[dict[str, Any]]:
+        """What is known of a shadow beside each release that it stood against, of all workers together."""
+        found: dict[str, dict[str, Any]] = {}
+        sums: dict[tuple[str, str], dict[str, float]] = {}
+        for family in self._collected().collect():
+            if not family.name.startswith("ranktower_shadow_"):
+                continue
+            for sample in family.samples:
+                if sample.labels.get("release") == release:
+                    what = family.name.removeprefix("ranktower_shadow_")
+                    what += f"@{sample.labels['k']}" if "k" in sample.labels else ""
+                    end = sample.name.rpartition("_")[2]
+                    sums.setdefault((sample.labels["against"], what), {})[end] = sample.value
+        for (against, what), each in sums.items():
+            told = found.setdefault(against, {"against": against, "rankings": 0, "missing_items": 0})
+            if what == "missing_items":
+                told["missing_items"] = int(each["total"])
+            elif each["count"]:
+                told[what] = {"mean": each["sum"] / each["count"], "count": int(each["count"])}
+            if what == "seconds":
+                told["rankings"] = int(each["count"])
+        return [found[against] for against in sorted(found)]
 
     def observe_answer(self, route: str, status: int, seconds: float) -> None:
         """Count one answer. Finding a metric by its labels costs as much as counting, so each pair is found once."""
@@ -136,8 +247,12 @@ class Telemetry:
         """All metrics in the Prometheus text format."""
         if staleness_s is not None:
             self._staleness.set(staleness_s)
+        return generate_latest(self._collected())
+
+    def _collected(self) -> CollectorRegistry:
+        """The metrics of all workers."""
         if not self._shared:
-            return generate_latest(self.registry)
+            return self.registry
         together = CollectorRegistry()
         MultiProcessCollector(together)  # type: ignore[no-untyped-call]
-        return generate_latest(together)
+        return together

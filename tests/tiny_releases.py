@@ -139,10 +139,11 @@ def write_table(
         return writer.finish()
 
 
-def publish(release: TinyRelease, store: ReleaseStore, *, users: bool = True) -> str:
-    """Publish, the users first, and activate; returns the release's name."""
+def publish(release: TinyRelease, store: ReleaseStore, *, users: bool = True, activate: bool = True) -> str:
+    """Publish, the users first, and activate unless told not to; returns the release's name."""
     if users:
         store.publish_users(release.users)
     name = store.publish(release.folder)
-    store.activate(name)
+    if activate:
+        store.activate(name)
     return name

@@ -168,12 +168,12 @@ def test_what_a_graph_cannot_do_is_a_problem_with_a_remedy(made: Made) -> None:
 def test_long_lists_of_a_graph_leave_the_event_loop(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(made.store) as service:
         made.activate(service, "cold")
-        ranker = service.service.refresher.ranker()
-        monkeypatch.setitem(vars(ranker), "candidate_ns", 12_000.0)  # of the published widths
+        serving = service.service.refresher.serving()
+        monkeypatch.setitem(vars(serving.current), "candidate_ns", 12_000.0)  # of the published widths
         long, short = (json.dumps({"candidates": list(range(count))}).encode() for count in (300, 20))
-        assert not service.service.is_quick(ranker, answer_rank, long, JSON)
-        assert service.service.is_quick(ranker, answer_rank, short, JSON)
-        assert not service.service.is_quick(ranker, answer_batch, b'{"requests":[' + long + b"]}", JSON)
+        assert not service.service.is_quick(serving, answer_rank, long, JSON)
+        assert service.service.is_quick(serving, answer_rank, short, JSON)
+        assert not service.service.is_quick(serving, answer_batch, b'{"requests":[' + long + b"]}", JSON)
         assert service.post("/v1/rank", {"candidates": made.items}).json()["counts"]["scored"] == ITEMS
 
 

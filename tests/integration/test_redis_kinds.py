@@ -15,6 +15,7 @@ from redis.exceptions import ResponseError
 from cache.errors import StoreError
 from cache.redis_store import RedisStore
 from cache.release import read_release, verify_release
+from cache.rollout import NOTHING, Change, Live
 from tests.changed import embedded, happened
 from tests.integration.test_stores import LEASE_S, PASSWORD, allow
 from tests.redis_server import (
@@ -99,7 +100,7 @@ def test_a_store_works_while_its_slots_move(cluster: list[RedisServer], folders:
         assert [info.id for info in store.list()] == [name]
         assert verify_release(store.fetch(name, tmp_path)).id == name
         with pytest.raises(StoreError, match="once the resharding has ended"):
-            store.rollback()  # a script whose keys lie here and there
+            store.change(Change(verb="shadow", release=name, share=1.0))  # a script whose keys lie here and there
     assert other.current() == store.current() == name  # MOVED leads to all of it
     new = activated(other, folders[0])
     assert store.current() == new
@@ -209,7 +210,7 @@ def test_readers_and_writers_go_on_after_a_failover(folders: list[Path], tmp_pat
     with running_sentinel() as watched, ThreadPoolExecutor() as pool:
         reader, writer = (RedisStore(f"{watched.url}?prefix=failover") for _ in range(2))
         old = activated(writer, folders[1])
-        assert reader.wait(None, 60) == old
+        assert reader.wait(NOTHING, 60).current == old
         replicate(watched)
         watched.master.kill()
         waiting = pool.submit(until_changed, reader, old)
@@ -259,7 +260,7 @@ def until_changed(store: RedisStore, seen: str) -> str | None:
 
     def changed() -> bool:
         with suppress(StoreError):
-            found[0] = store.wait(seen, 1.0)
+            found[0] = store.wait(Live(current=seen), 1.0).current
         return found[0] != seen
 
     assert eventually(changed)
@@ -371,7 +372,7 @@ def with_tls(url: str, certificates: Certificates) -> str:
 def keeps_releases(url: str, folder: Path, cache: Path) -> None:
     store = RedisStore(url)
     name = activated(store, folder)
-    assert store.wait(None, 1) == name
+    assert store.wait(NOTHING, 1).current == name
     assert verify_release(store.fetch(name, cache)).id == name
     store.close()
 
@@ -383,7 +384,7 @@ def test_a_reader_may_do_what_a_replica_needs_and_no_more(folders: list[Path], t
         writer.publish_users(write_users(tmp_path / "users.snap"))
         allow(admin, "reader", "rights")
         reader = RedisStore(f"redis://reader:{PASSWORD}@{server.address}?prefix=rights")
-        assert reader.wait(None, 1) == name
+        assert reader.wait(NOTHING, 1).current == name
         assert [info.id for info in reader.list()] == [name]
         assert verify_release(reader.fetch(name, tmp_path / "cache")).id == name
         assert reader.fetch_users(SPEC_ID, tmp_path / "cache") is not None

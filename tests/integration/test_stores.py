@@ -21,7 +21,7 @@ import pytest
 from redis import Redis
 
 from cache.changes import Newer
-from cache.errors import StoreError, UnknownRelease
+from cache.errors import RolloutRefused, StoreError, UnknownRelease
 from cache.file_store import FileStore
 from cache.overlay import Overlay
 from cache.redis_client import connect, read_url
@@ -36,6 +36,7 @@ from cache.release import (
     sha256,
     verify_release,
 )
+from cache.rollout import NOTHING, Change, Live, Shadow, this_user, weights
 from cache.snapshot import Snapshot
 from cache.store import ReleaseStore, open_store
 from tests.changed import embedded, happened
@@ -323,22 +324,165 @@ def test_what_came_after_a_release_is_fetched_with_it(place: Place, tmp_path: Pa
 def test_wait_returns_at_once_what_was_not_seen(place: Place, folders: list[Path]) -> None:
     (name,) = published(place, folders[2:3])
     started = time.monotonic()
-    assert place.open().wait(None, 60) == name
+    assert place.open().wait(NOTHING, 60).current == name
     assert time.monotonic() - started < 10
 
 
 def test_wait_returns_on_a_change(place: Place, folders: list[Path]) -> None:
     a, b = published(place, folders[2:4])
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(place.open().wait, b, 60)
+        waiting = pool.submit(place.open().wait, Live(current=b), 60)
         place.open().activate(a)
-        assert waiting.result(30) == a
+        assert waiting.result(30).current == a
 
 
 def test_wait_gives_up_in_time(place: Place, folders: list[Path]) -> None:
     (name,) = published(place, folders[2:3])
-    assert place.open().wait(name, 0.05) == name
-    assert place.open().wait(name, 0) == name
+    assert place.open().wait(Live(current=name), 0.05).current == name
+    assert place.open().wait(Live(current=name), 0).current == name
+
+
+# --- canaries and shadows --------------------------------------------------------------------------------------------
+
+
+def canary(release: str, weight: float) -> Change:
+    return Change(verb="canary", release=release, share=weight)
+
+
+def test_a_rollout_is_live_until_it_is_aborted(place: Place, folders: list[Path]) -> None:
+    a, b, c = published(place, folders[:3], activate=False)
+    store = place.open()
+    store.activate(a)
+    assert store.live() == Live(current=a)
+    store.change(canary(b, 0.1), by="me@here")
+    store.change(Change(verb="shadow", release=c, share=0.5))
+    found = place.open().live()
+    assert (weights(found), found.rollout.shadow) == ({a: 0.9, b: 0.1}, Shadow(release=c, share=0.5))
+    assert store.current() == a
+    store.change(Change(verb="abort"))
+    assert place.open().live() == Live(current=a)
+
+
+def test_a_promotion_is_one_step_and_rollback_takes_it_back(place: Place, folders: list[Path]) -> None:
+    a, b = published(place, folders[:2], activate=False)
+    store = place.open()
+    store.activate(a)
+    store.change(canary(b, 0.1))
+    seen, stopping = [], threading.Event()
+
+    def watch() -> None:
+        reader = place.open()
+        while not stopping.is_set():
+            seen.append(reader.live())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        store.change(Change(verb="promote"))
+    finally:
+        stopping.set()
+        watcher.join(60)
+    mixed = Live(current=b, rollout=seen[0].rollout)  # a reader of two keys may see this, which answers alike
+    assert {weights(live).get(b) for live in seen if live != mixed} <= {0.1, 1.0}
+    assert store.live() == Live(current=b)
+    assert store.rollback() == a
+    assert store.live() == Live(current=a)
+
+
+def test_rollback_ends_a_canary_first(place: Place, folders: list[Path]) -> None:
+    a, b, c = published(place, folders[:3])
+    store = place.open()
+    store.change(canary(a, 0.5))
+    assert store.rollback() == c
+    assert store.live() == Live(current=c)
+    assert store.rollback() == b
+
+
+def test_wait_returns_on_a_change_of_the_rollout(place: Place, folders: list[Path]) -> None:
+    a, b = published(place, folders[2:4])
+    store = place.open()
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(place.open().wait, Live(current=b), 60)
+        started = time.monotonic()
+        store.change(canary(a, 0.1))
+        assert weights(waiting.result(30)) == {b: 0.9, a: 0.1}
+    assert time.monotonic() - started < 10
+    assert store.wait(store.live(), 0) == store.live()
+
+
+def test_nothing_that_is_live_is_pruned(place: Place, folders: list[Path]) -> None:
+    a, b, c, d = published(place, folders, activate=False)
+    store = place.open()
+    store.activate(d)
+    store.change(canary(a, 0.1))
+    store.change(Change(verb="shadow", release=b, share=0.1))
+    assert store.prune(1) == [c]
+    store.change(Change(verb="abort"))
+    assert store.prune(1) == [a, b]
+
+
+def test_only_what_is_complete_becomes_live(place: Place, folders: list[Path]) -> None:
+    a, b = published(place, folders[:2], activate=False)
+    store = place.open()
+    store.activate(a)
+    place.damage(b, lambda chunk: chunk[:-1])
+    for verb in ("canary", "shadow"):
+        with pytest.raises(StoreError, match="publish"):
+            store.change(Change(verb=verb, release=b, share=0.1))
+        with pytest.raises(UnknownRelease):
+            store.change(Change(verb=verb, release="20260101T000000000-0123456789ab", share=0.1))
+    assert store.live() == Live(current=a)
+    assert [audited.verb for audited in store.audit()] == ["activate"]
+
+
+def test_every_change_is_in_the_audit_trail(place: Place, folders: list[Path]) -> None:
+    a, b = published(place, folders[2:4], activate=False)
+    store = place.open()
+    assert store.audit() == []
+    store.activate(a)
+    made = store.change(canary(b, 0.1), by="me@here")
+    assert store.change(canary(b, 0.1)) is None
+    store.change(Change(verb="promote"))
+    store.rollback()
+    with pytest.raises(RolloutRefused):
+        store.change(Change(verb="abort"))
+    trail = place.open().audit()
+    assert [audited.verb for audited in trail] == ["activate", "canary", "promote", "rollback"]
+    assert trail[1] == made
+    assert (trail[1].who, trail[1].before, trail[1].after) == ("me@here", {a: 1.0}, {a: 0.9, b: 0.1})
+    assert trail[0].who == this_user()
+    assert [before.after for before in trail[:-1]] == [after.before for after in trail[1:]]
+    assert sorted(audited.at for audited in trail) == [audited.at for audited in trail]
+
+
+def test_the_audit_trail_is_bounded(place: Place, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in ("file_store", "redis_store"):
+        monkeypatch.setattr(f"cache.{room}.AUDITED", 3)
+    a, b = published(place, folders[2:4], activate=False)
+    store = place.open()
+    for name in (a, b, a, b, a):
+        store.activate(name)
+        assert [*store.audit()[-1].after] == [name]
+    assert [[*audited.after] for audited in store.audit()] == [[a], [b], [a]]
+
+
+def test_changes_at_the_same_time_all_count(place: Place, folders: list[Path]) -> None:
+    a, b, c = published(place, folders[1:4], activate=False)
+    place.open().activate(a)
+
+    def change(release: str) -> None:
+        store = place.open()
+        for weight in (0.1, 0.2, 0.3, 0.4):
+            store.change(canary(release, weight))
+
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(change, release) for release in (b, c)]:
+            done.result(60)
+    store = place.open()
+    assert weights(store.live()) == {a: pytest.approx(0.2), b: 0.4, c: 0.4}
+    trail = store.audit()
+    assert len(trail) == 9
+    assert [before.after for before in trail[:-1]] == [after.before for after in trail[1:]]
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -646,24 +790,24 @@ def test_without_the_right_to_subscribe_wait_still_sees_a_change(folders: list[P
         a, b = published(Place(f"{server.url}?prefix=acl", tmp_path), folders[2:4])
         reader = RedisStore(f"redis://reader:pw@127.0.0.1:{server.port}/0?prefix=acl")
         with ThreadPoolExecutor() as pool:
-            waiting = pool.submit(reader.wait, b, 60)
+            waiting = pool.submit(reader.wait, Live(current=b), 60)
             Place(f"{server.url}?prefix=acl", tmp_path).open().activate(a)
-            assert waiting.result(30) == a
+            assert waiting.result(30).current == a
 
 
 def test_waiting_goes_on_when_redis_comes_back(folders: list[Path], tmp_path: Path) -> None:
     with running_redis() as server:
         reader = RedisStore(f"{server.url}?prefix=gone")
-        assert reader.wait(None, 0) is None
+        assert reader.wait(NOTHING, 0) == NOTHING
         server.kill()
         with pytest.raises(StoreError, match=r"redis-server runs there"):
-            reader.wait(None, 5)
+            reader.wait(NOTHING, 5)
         assert server.start()
         place = Place(f"{server.url}?prefix=gone", tmp_path)
         with ThreadPoolExecutor() as pool:
-            waiting = pool.submit(reader.wait, None, 60)
+            waiting = pool.submit(reader.wait, NOTHING, 60)
             (name,) = published(place, folders[2:3])
-            assert waiting.result(30) == name
+            assert waiting.result(30).current == name
         reader.close()
 
 
@@ -795,7 +939,7 @@ def test_a_client_of_few_connections_moves_few_chunks_at_a_time(redis_url: str, 
     store = place.open()
     name = store.publish(large)
     store.activate(name)
-    assert store.wait(None, 0) == name  # has a connection of its own from now on
+    assert store.wait(NOTHING, 0).current == name  # has a connection of its own from now on
     assert verify_release(store.fetch(name, tmp_path / "cache")).id == name
 
 

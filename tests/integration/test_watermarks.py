@@ -133,7 +133,9 @@ def test_what_comes_too_late_is_neither_pushed_nor_activated(store: ReleaseStore
     store.activate(current)
     trim_changes(store)
     seal_release(releases[1].folder, bundle_id=releases[1].bundle.id, head=releases[1].head, watermark=positions[0])
-    for verb in (("push", releases[1].folder), ("activate", store.publish(releases[1].folder))):
+    late = store.publish(releases[1].folder)
+    verbs = [("push", releases[1].folder), ("activate", late), ("canary", late, "--weight", 0.1)]
+    for verb in [*verbs, ("shadow", late, "--share", 0.1)]:
         with pytest.raises(StoreError, match=f"contains the changes up to position {positions[0]}, "):
             run("releases", *verb, "--store", store.url)
     assert store.current() == current

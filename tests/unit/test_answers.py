@@ -17,6 +17,7 @@ from kernel.ids import Texts
 from service.admission import Permit
 from service.answers import Answerer, Limits, answer_batch, answer_rank, answer_retrieve, encode_ranking
 from service.errors import DeadlineExceeded, RequestError
+from service.live import Serving
 from service.ranker import Explanation, Ranker, Ranking
 from service.telemetry import STAGES, StageClock
 from tests.tiny_releases import tiny_release
@@ -32,7 +33,7 @@ def ranker(tmp_path_factory: pytest.TempPathFactory) -> Ranker:
 
 def asked(ranker: Ranker, answerer: Answerer, body: Any, arrived_ns: int | None = None) -> Any:
     permit = Permit(perf_counter_ns() if arrived_ns is None else arrived_ns)
-    return answerer(permit, ranker, orjson.dumps(body), LIMITS, StageClock())
+    return answerer(permit, Serving(ranker), orjson.dumps(body), LIMITS, StageClock())
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def asked(ranker: Ranker, answerer: Answerer, body: Any, arrived_ns: int | None 
 )
 def test_every_stage_but_the_queue_is_timed(ranker: Ranker, answerer: Answerer, body: Any) -> None:
     clock = StageClock()
-    answer = answerer(Permit(perf_counter_ns()), ranker, orjson.dumps(body), LIMITS, clock)
+    answer = answerer(Permit(perf_counter_ns()), Serving(ranker), orjson.dumps(body), LIMITS, clock)
     assert [stage for stage, spent_ns in clock.spent_ns.items() if spent_ns == 0] == ["queue"]
     assert answer.release == ranker.release == orjson.loads(answer.body)["release"]
 
@@ -176,10 +177,10 @@ def test_no_python_object_is_made_for_a_candidate(tmp_path: Path) -> None:
         body = orjson.dumps({"candidates": ids, "top_k": 10, "on_missing": "drop"})
         permit = Permit(perf_counter_ns())
         limits = Limits(max_candidates=count, max_batch=1)
-        answer_rank(permit, ranker, body, limits, StageClock())  # what is made once, is made
+        answer_rank(permit, Serving(ranker), body, limits, StageClock())  # what is made once, is made
         tracemalloc.start()
         try:
-            answer_rank(permit, ranker, body, limits, StageClock())
+            answer_rank(permit, Serving(ranker), body, limits, StageClock())
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

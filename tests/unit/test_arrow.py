@@ -20,6 +20,7 @@ from service import arrow
 from service.admission import Permit
 from service.answers import ARROW, Limits, answer_rank
 from service.errors import MalformedBody, RequestError, UnsupportedBody
+from service.live import Serving
 from service.ranker import Ranker, Ranking
 from service.telemetry import StageClock
 from tests.services import Running, running_release
@@ -66,11 +67,11 @@ def stream(
 
 def asked(ranker: Ranker, body: bytes, *, takes: bool = True, sends: bool = True) -> bytes:
     answer = arrow.answerer(takes=takes, sends=sends)
-    return answer(Permit(perf_counter_ns()), ranker, body, LIMITS, StageClock()).body
+    return answer(Permit(perf_counter_ns()), Serving(ranker), body, LIMITS, StageClock()).body
 
 
 def asked_in_json(ranker: Ranker, document: Any) -> dict[str, Any]:
-    body = answer_rank(Permit(perf_counter_ns()), ranker, orjson.dumps(document), LIMITS, StageClock()).body
+    body = answer_rank(Permit(perf_counter_ns()), Serving(ranker), orjson.dumps(document), LIMITS, StageClock()).body
     answer: dict[str, Any] = orjson.loads(body)
     return answer
 

@@ -133,3 +133,33 @@ def test_a_wrong_setting_ends_serve_before_it_starts(
 ) -> None:
     assert ranktower(monkeypatch, "serve", "--workers", "0") == 2
     assert capsys.readouterr().err.startswith("error: --workers is 0: ")
+
+
+def test_a_release_is_tried_out_by_verbs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = FileStore(f"file://{tmp_path}/store")
+    a, b = (publish(tiny_release(tmp_path / str(k), seed=k), store, activate=k == 0) for k in range(2))
+
+    def said(*arguments: str, code: int = 0) -> str:
+        assert ranktower(monkeypatch, "releases", *arguments, "--store", store.url) == code
+        return "".join(capsys.readouterr())
+
+    assert said("canary", b, "--weight", "0.1") == f"live is {a} 90 %, {b} 10 %\n"
+    assert said("canary", b, "--weight", "0.1").startswith("nothing to change: live is")
+    assert said("shadow", a, "--share", "0.05") == f"live is {a} 90 %, {b} 10 %, shadow {a} 5 %\n"
+    listed = said("list").splitlines()
+    assert listed[1].endswith("current shadow 5 %")
+    assert listed[2].endswith("canary 10 %")
+    assert "the canaries have ended; once more goes back" in said("rollback")
+    assert "nothing was current before" in said("rollback", code=2)
+    assert said("abort") == f"live is {a} 100 %\n"
+    said("canary", b, "--weight", "0.5")
+    assert said("promote") == f"live is {b} 100 %\n"
+    assert "there is no canary" in said("promote", code=2)
+    trail = said("audit").splitlines()
+    assert [line.split()[2] for line in trail] == [
+        *("activate:", "canary:", "shadow:", "rollback:", "abort:", "canary:", "promote:")
+    ]
+    assert trail[-1].endswith(f"{a} 50 %, {b} 50 % -> {b} 100 %")
+    assert len(said("audit", "--last", "2").splitlines()) == 2

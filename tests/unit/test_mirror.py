@@ -17,6 +17,7 @@ from cache.file_store import FileStore
 from cache.mirror import VIEW, LocalRelease, LocalUsers, Mirror, MirrorStore, View, read_view
 from cache.overlay import Overlay
 from cache.release import Progress, drop_cached, no_progress
+from cache.rollout import NOTHING, Change, Live
 from cache.store import Names
 from tests.changed import embedded, happened
 from tests.tiny_releases import TinyRelease, publish, tiny_release, tiny_spec
@@ -39,7 +40,7 @@ class Copying(FileStore):
         if verb in self.broken:
             raise StoreError(f"{self.url}: {verb} fails: mend the store")
 
-    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+    def wait(self, seen: Live, timeout_s: float) -> Live:
         self._may("wait")
         return super().wait(seen, timeout_s)
 
@@ -117,7 +118,7 @@ def test_no_view_is_no_answer_yet(folder: Path) -> None:
     assert read_view(folder) is None
     assert not reader(folder).holds_current()
     with pytest.raises(StoreError, match=f"{URL} has not answered yet"):
-        reader(folder).wait(None, 0.0)
+        reader(folder).wait(NOTHING, 0.0)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"current": 5}', b'{"releases": {"r": {}}}', b"\xff\xfe"])
@@ -126,7 +127,7 @@ def test_a_damaged_view_is_refused_by_name_and_written_anew(
 ) -> None:
     (folder / VIEW).write_bytes(content)
     with pytest.raises(StoreError, match=r"view\.json is not the view of a store"):
-        reader(folder).wait(None, 0.0)
+        reader(folder).wait(NOTHING, 0.0)
     assert not reader(folder).holds_current()
     Mirror(FileStore(f"file://{tmp_path}/empty"), tmp_path / "cache", folder).look(0.0)
     view = read_view(folder)
@@ -137,10 +138,10 @@ def test_a_damaged_view_is_refused_by_name_and_written_anew(
 def test_a_view_that_vanishes_is_missed(mirror: Mirror, folder: Path) -> None:
     mirror.look(0.0)
     subject = reader(folder)
-    subject.wait(None, 0.0)
+    subject.wait(NOTHING, 0.0)
     (folder / VIEW).unlink()
     with pytest.raises(StoreError, match=r"view\.json is gone"):
-        subject.wait(None, 0.0)
+        subject.wait(NOTHING, 0.0)
 
 
 def test_no_reader_ever_sees_half_a_view(folder: Path) -> None:
@@ -173,7 +174,7 @@ def test_what_the_store_names_is_here_with_its_users(
     name = publish(release, store)
     assert mirror.look(0.0) == 0.0
     subject = reader(folder)
-    assert subject.wait(None, 0.0) == name
+    assert subject.wait(NOTHING, 0.0).current == name
     assert subject.holds_current()
     assert subject.fetch(name, tmp_path) == tmp_path / "cache" / name
     assert subject.users_version(release.spec.id) == store.users_version(release.spec.id)
@@ -216,17 +217,17 @@ def test_a_new_user_table_and_a_deleted_one_are_followed(
     name = publish(release, store, users=False)
     mirror.look(0.0)
     subject = reader(folder)
-    subject.wait(None, 0.0)
+    subject.wait(NOTHING, 0.0)
     assert subject.users_version(release.spec.id) is None
     assert subject.fetch_users(release.spec.id, tmp_path) is None
     version = store.publish_users(release.users)
     mirror.look(0.0)
-    subject.wait(name, 0.0)
+    subject.wait(Live(current=name), 0.0)
     assert subject.users_version(release.spec.id) == version
     assert subject.fetch_users(release.spec.id, tmp_path) is not None
     store.delete_users(release.spec.id)
     mirror.look(0.0)
-    subject.wait(name, 0.0)
+    subject.wait(Live(current=name), 0.0)
     assert subject.users_version(release.spec.id) is None
 
 
@@ -240,7 +241,7 @@ def test_users_of_another_specification_than_those_here_are_not_known(
         publish(made(tmp_path, seed), store)
         mirror.look(0.0)
     subject = reader(folder)
-    subject.wait(None, 0.0)
+    subject.wait(NOTHING, 0.0)
     with pytest.raises(StoreError, match=f"users of specification {old.spec.id} are no longer followed"):
         subject.users_version(old.spec.id)
 
@@ -259,18 +260,18 @@ def test_overlays_are_told_to_readers(store: Copying, mirror: Mirror, folder: Pa
     name = publish(release, store)
     mirror.look(0.0)
     subject = reader(folder)
-    assert subject.wait(None, 0.0) == name
+    assert subject.wait(NOTHING, 0.0).current == name
     place = subject.fetch(name, tmp_path)
     assert subject.fetch_changes(place, tmp_path) == Newer()
     end = happened(store)
     mirror.look(0.0)
-    assert subject.wait(name, 0.0) == name
+    assert subject.wait(Live(current=name), 0.0).current == name
     behind = subject.fetch_changes(place, tmp_path)
     assert behind.overlay is None
     assert behind.behind_since_s is not None
     embedded(store, release, 0, end, [101])
     mirror.look(0.0)
-    assert subject.wait(name, TIMEOUT_S) == name
+    assert subject.wait(Live(current=name), TIMEOUT_S).current == name
     newer = subject.fetch_changes(place, tmp_path)
     assert newer.overlay is not None
     assert Overlay.open(newer.overlay).watermark == end
@@ -341,12 +342,14 @@ def test_a_release_that_is_not_here_is_awaited_and_says_why(
     name = publish(release, store)
     replace_file(folder / VIEW, b'{"current": "r", "reachable": true, "contact_s": 1.0}')
     subject = reader(folder)
-    subject.wait(None, 0.0)
+    subject.wait(NOTHING, 0.0)
     with pytest.raises(Awaited, match=f"release {name} is being fetched from {URL}") as caught:
         subject.fetch(name, tmp_path)
     assert caught.value.failures == 0
     mirror.look(0.0)
-    assert subject.wait("r", 0.0) == name  # the store answers: it is only the release that cannot be had
+    assert (
+        subject.wait(Live(current="r"), 0.0).current == name
+    )  # the store answers: it is only the release that cannot be had
     with pytest.raises(Awaited, match="fetch fails") as caught:
         subject.fetch(name, tmp_path)
     assert caught.value.failures == 1
@@ -387,7 +390,7 @@ def test_a_user_table_that_cannot_be_had_is_awaited(
     version = store.publish_users(release.users)
     mirror.look(0.0)
     subject = reader(folder)
-    subject.wait(name, 0.0)
+    subject.wait(Live(current=name), 0.0)
     assert subject.users_version(release.spec.id) == version
     with pytest.raises(Awaited, match="fetch_users fails"):
         subject.fetch_users(release.spec.id, tmp_path)
@@ -402,21 +405,21 @@ def test_a_store_that_does_not_answer_is_told_after_what_lies_here(
     store.broken.add("wait")
     assert mirror.look(0.0) > 0.0
     subject = reader(folder)
-    assert subject.wait(None, 0.0) == name
+    assert subject.wait(NOTHING, 0.0).current == name
     assert subject.fetch(name, tmp_path).is_dir()
     with pytest.raises(StoreError, match="wait fails"):
-        subject.wait(name, 0.0)
+        subject.wait(Live(current=name), 0.0)
     assert subject.contact_s() == contact_s
     store.broken.clear()
     mirror.look(0.0)
-    assert subject.wait(name, 0.0) == name
+    assert subject.wait(Live(current=name), 0.0).current == name
 
 
 def test_a_store_that_never_answered_has_nothing_to_tell(store: Copying, mirror: Mirror, folder: Path) -> None:
     store.broken.add("wait")
     mirror.look(0.0)
     with pytest.raises(StoreError, match="wait fails"):
-        reader(folder).wait(None, 0.0)
+        reader(folder).wait(NOTHING, 0.0)
 
 
 def test_a_store_that_lost_everything_takes_nothing_away(
@@ -428,7 +431,7 @@ def test_a_store_that_lost_everything_takes_nothing_away(
     users = mirror.view.users
     shutil.rmtree(store.root)
     mirror.look(0.0)
-    assert reader(folder).wait(None, 0.0) == name
+    assert reader(folder).wait(NOTHING, 0.0).current == name
     assert (tmp_path / "cache" / name).is_dir()
     assert mirror.view.users == users
 
@@ -449,11 +452,11 @@ def test_readers_know_when_the_writer_has_ended(store: Copying, folder: Path, tm
     subject = reader(folder)
     with holding(folder):
         Mirror(store, tmp_path / "cache", folder).look(0.0)
-        assert subject.wait(None, 0.0) == name
-        assert subject.wait(name, 0.0) == name
+        assert subject.wait(NOTHING, 0.0).current == name
+        assert subject.wait(Live(current=name), 0.0).current == name
     with pytest.raises(StoreError, match="the refresher has ended"):
-        subject.wait(name, 0.0)
-    assert reader(folder).wait(None, 0.0) == name  # what is here is served all the same
+        subject.wait(Live(current=name), 0.0)
+    assert reader(folder).wait(NOTHING, 0.0).current == name  # what is here is served all the same
 
 
 def test_the_next_writer_goes_on_from_the_view_it_finds(store: Copying, folder: Path, tmp_path: Path) -> None:
@@ -474,13 +477,13 @@ def test_the_next_writer_goes_on_from_the_view_it_finds(store: Copying, folder: 
 def test_a_waiting_reader_is_woken_by_news(store: Copying, mirror: Mirror, folder: Path, tmp_path: Path) -> None:
     mirror.look(0.0)
     subject, answers = reader(folder), []
-    subject.wait(None, 0.0)
-    thread = threading.Thread(target=lambda: answers.append(subject.wait(None, TIMEOUT_S)))
+    subject.wait(NOTHING, 0.0)
+    thread = threading.Thread(target=lambda: answers.append(subject.wait(NOTHING, TIMEOUT_S)))
     thread.start()
     name = publish(made(tmp_path, 1), store)
     mirror.look(0.0)
     thread.join(TIMEOUT_S / 2)
-    assert answers == [name]
+    assert [answer.current for answer in answers] == [name]
 
 
 def test_an_unexpected_error_is_logged_and_told(
@@ -490,3 +493,52 @@ def test_an_unexpected_error_is_logged_and_told(
     mirror.look(0.0)
     assert mirror.view.failure == "division by zero"
     assert "ZeroDivisionError" in caplog.text
+
+
+# --- canaries and shadow
+
+
+def test_what_is_live_beside_the_current_release_is_here_and_goes_when_it_ends(
+    store: Copying, mirror: Mirror, folder: Path, tmp_path: Path
+) -> None:
+    a, b, c = (publish(made(tmp_path, seed), store, activate=seed == 0) for seed in range(3))
+    mirror.look(0.0)
+    store.change(Change(verb="canary", release=b, share=0.1))
+    store.change(Change(verb="shadow", release=c, share=0.5))
+    mirror.look(0.0)
+    subject = reader(folder)
+    assert subject.wait(NOTHING, 0.0) == store.live()
+    assert [*mirror.view.releases] == [a, b, c]
+    assert subject.fetch(c, tmp_path) == tmp_path / "cache" / c
+    store.change(Change(verb="promote"))
+    mirror.look(0.0)
+    assert [*mirror.view.releases] == [b, a, c]  # the one before for a rollback
+    store.change(Change(verb="abort"))
+    mirror.look(0.0)
+    assert {path.name for path in (tmp_path / "cache").glob("2*")} == {a, b}
+    assert store.fetched == [a, b, c]
+
+
+def test_a_canary_that_cannot_be_fetched_holds_up_nothing_else(
+    store: Copying, mirror: Mirror, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("cache.retry.monotonic", lambda: now_s[0])
+    a, b, c = (publish(made(tmp_path, seed), store, activate=seed == 0) for seed in range(3))
+    mirror.look(0.0)
+    store.change(Change(verb="canary", release=b, share=0.1))
+    store.broken.add("fetch")
+    mirror.look(0.0)
+    subject = reader(folder)
+    subject.wait(NOTHING, 0.0)
+    with pytest.raises(Awaited, match="fetch fails"):
+        subject.fetch(b, tmp_path)
+    store.broken.clear()
+    store.activate(c)
+    mirror.look(0.0)
+    assert subject.wait(NOTHING, 0.0).current == c
+    assert [*mirror.view.releases] == [c, a]
+    now_s[0] += 1.0
+    mirror.look(0.0)
+    assert [*mirror.view.releases] == [c, a, b]
+    assert mirror.view.failure is None

@@ -16,6 +16,7 @@ from cache.changes import DEAD, DeadLetter, Newer, encode_dead
 from cache.errors import Awaited, SnapshotError, StoreError
 from cache.file_store import FileStore
 from cache.release import BUNDLE
+from cache.rollout import Change, Live
 from service.errors import NotReady
 from service.ranker import Ranker
 from service.refresh import Refresher
@@ -45,7 +46,7 @@ class Flaky(FileStore):
         if verb in self.broken:
             raise StoreError(f"{self.url}: {verb} fails: mend the store")
 
-    def wait(self, seen: str | None, timeout_s: float) -> str | None:
+    def wait(self, seen: Live, timeout_s: float) -> Live:
         self._may("wait")
         if self.surprises:
             raise self.surprises.pop()
@@ -244,15 +245,15 @@ def test_what_another_process_fetches_is_awaited_without_a_pause_of_its_own(stor
     second = publish(tiny_release(tmp_path / "2", seed=2), store, users=False)
     store.awaited = Awaited("on its way")
     version = store.publish_users(made.users)
-    subject._try(second)
+    subject._try(Live(current=second))
     assert (subject.ranker().release, subject.standing.users) == (first, version)
     assert subject.standing.failure is None
     store.awaited = Awaited("it cannot be had", failures=3)
     for _ in range(3):
-        subject._try(second)
+        subject._try(Live(current=second))
     assert (subject.standing.failure, subject.standing.failures, len(failures)) == ("it cannot be had", 1, 1)
     store.awaited = None
-    subject._try(second)
+    subject._try(Live(current=second))
     assert subject.ranker().release == second
     assert subject.standing.failure is None
 
@@ -290,16 +291,16 @@ def test_a_user_table_that_is_refused_is_tried_again_later(
     version, store.users_asked = store.publish_users(made.users), 0
     store.broken.add("fetch_users")
     for _ in range(3):
-        subject._try(release)  # as its thread does, each second
+        subject._try(Live(current=release))  # as its thread does, each second
     assert (store.users_asked, subject.standing.failures) == (1, 1)
     assert "fetch_users fails" in (subject.standing.failure or "")
     now_s[0] += retry.FIRST_PAUSE_S
     for _ in range(3):
-        subject._try(release)
+        subject._try(Live(current=release))
     assert (store.users_asked, subject.standing.failures) == (2, 2)
     store.broken.clear()
     now_s[0] += 2 * retry.FIRST_PAUSE_S
-    subject._try(release)
+    subject._try(Live(current=release))
     assert subject.standing.users == version
     assert subject.standing.failure is None
 
@@ -312,10 +313,10 @@ def test_another_user_table_is_tried_at_once(store: Flaky, tmp_path: Path, monke
     subject.take_over(release)
     store.publish_users(made.users)
     store.broken.add("fetch_users")
-    subject._try(release)
+    subject._try(Live(current=release))
     store.broken.clear()
     mended = store.publish_users(made.users)
-    subject._try(release)
+    subject._try(Live(current=release))
     assert subject.standing.users == mended
 
 
@@ -329,14 +330,14 @@ def test_a_refused_user_table_does_not_put_off_a_refused_release(
     subject.take_over(publish(made, store, users=False))
     second = publish(tiny_release(tmp_path / "2", seed=2), store, users=False)
     store.broken |= {"fetch", "fetch_users"}
-    subject._try(second)
+    subject._try(Live(current=second))
     store.publish_users(made.users)
     now_s[0] += 0.9 * retry.FIRST_PAUSE_S
-    subject._try(second)  # only the users are tried
+    subject._try(Live(current=second))  # only the users are tried
     assert subject.standing.failures == 2
     store.broken.clear()
     now_s[0] += 0.1 * retry.FIRST_PAUSE_S
-    subject._try(second)
+    subject._try(Live(current=second))
     assert subject.ranker().release == second
 
 
@@ -441,3 +442,160 @@ def test_an_overlay_that_is_gone_leaves_what_serves(store: Flaky, tmp_path: Path
     with pytest.raises(SnapshotError, match=r"7-0\.snap cannot be opened"):
         subject.follow_changes()
     assert subject.ranker() is before
+
+
+# --- canaries and shadow
+
+
+def made_releases(store: Flaky, tmp_path: Path, count: int, **given: Any) -> list[str]:
+    """The first one is current."""
+    names = [
+        publish(tiny_release(tmp_path / str(seed), seed=seed, **given), store, activate=seed == 0)
+        for seed in range(count)
+    ]
+    return names
+
+
+def canary(release: str, weight: float) -> Change:
+    return Change(verb="canary", release=release, share=weight)
+
+
+def shadow(release: str, share: float) -> Change:
+    return Change(verb="shadow", release=release, share=share)
+
+
+def answering(subject: Refresher) -> set[str]:
+    return {subject.serving().of(user).release for user in range(200)}
+
+
+def test_a_canary_and_a_shadow_stand_beside_the_current_release(store: Flaky, tmp_path: Path) -> None:
+    a, b, c = made_releases(store, tmp_path, 3)
+    told: list[Any] = []
+    subject = refresher(store, tmp_path, on_rollout=told.append)
+    with started(subject) as until:
+        until(serves(a))
+        store.change(canary(b, 0.5))
+        until(lambda standing: b in standing.serving.beside)
+        assert answering(subject) == {a, b}
+        store.change(shadow(c, 0.5))
+        until(lambda standing: standing.serving.shadow is not None)
+        assert subject.serving().shadow.release == c  # type: ignore[union-attr]
+        store.change(Change(verb="abort"))
+        until(lambda standing: standing.serving.is_alone)
+        assert answering(subject) == {a}
+    assert [standing.rollout.releases for standing in told] == [(b,), (b, c), ()]
+    assert subject.standing.swaps == 1
+
+
+def test_a_promoted_canary_is_the_same_ranker_and_the_one_before_stays_in_the_cache(
+    store: Flaky, tmp_path: Path
+) -> None:
+    a, b = made_releases(store, tmp_path, 2)
+    subject = refresher(store, tmp_path)
+    for change in (None, canary(b, 0.2)):
+        if change:
+            store.change(change)
+        subject._try(store.live())
+    ready = subject.serving().of(next(user for user in range(500) if subject.serving().of(user).release == b))
+    store.change(Change(verb="promote"))
+    subject._try(store.live())
+    assert subject.ranker() is ready
+    assert subject.serving().is_alone
+    assert store.fetched == [a, b]
+    assert store.kept[-1] == {a, b}
+
+
+def test_a_canary_that_cannot_be_had_leaves_its_share_and_says_so(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("cache.retry.monotonic", lambda: now_s[0])
+    failures: list[None] = []
+    a, b = made_releases(store, tmp_path, 2)
+    subject = refresher(store, tmp_path, on_failure=lambda: failures.append(None))
+    subject._try(store.live())
+    store.change(canary(b, 0.5))
+    store.broken.add("fetch")
+    for _ in range(3):
+        subject._try(store.live())
+    assert answering(subject) == {a}
+    assert "fetch fails" in subject.standing.refused[b]
+    assert subject.standing.failure is None  # the current release is as it should be
+    assert (subject.standing.failures, len(failures)) == (1, 1)
+    assert f"release {b} of the rollout is not served" in caplog.text
+    store.broken.clear()
+    now_s[0] += retry.FIRST_PAUSE_S
+    subject._try(store.live())
+    assert (answering(subject), subject.standing.refused) == ({a, b}, {})
+
+
+@pytest.mark.parametrize(("given", "why"), [({"ids": "string"}, "has ids of types"), ({"warmup": [{}]}, "candidates")])
+def test_a_canary_that_does_not_fit_is_refused(store: Flaky, tmp_path: Path, given: Any, why: str) -> None:
+    (a,) = made_releases(store, tmp_path, 1)
+    b = publish(tiny_release(tmp_path / "other", seed=9, **given), store, activate=False, users=False)
+    store.change(canary(b, 0.5))
+    subject = refresher(store, tmp_path)
+    for _ in range(2):
+        subject._try(store.live())
+    assert answering(subject) == {a}
+    assert why in subject.standing.refused[b]
+
+
+def test_a_canary_follows_its_user_table(store: Flaky, tmp_path: Path) -> None:
+    made = [tiny_release(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    _, b = (publish(each, store, users=False, activate=each is made[0]) for each in made)
+    store.change(canary(b, 0.9))
+    subject = refresher(store, tmp_path)
+    subject._try(store.live())
+    user = next(user for user in range(1, 12) if subject.serving().of(user).release == b)
+    ask = RankRequest[int, int](candidates=[100], user_id=user)
+    assert subject.serving().of(user).rank(ask).user_known is False
+    store.publish_users(made[1].users)
+    subject._try(store.live())
+    assert subject.serving().of(user).rank(ask).user_known is True
+    store.broken.add("fetch_users")
+    store.delete_users(made[1].spec.id)
+    subject._try(store.live())
+    assert subject.serving().of(user).release == b  # with the table that it has
+
+
+def test_a_current_release_that_is_refused_does_not_hold_up_the_rollout(store: Flaky, tmp_path: Path) -> None:
+    a, b = made_releases(store, tmp_path, 2)
+    subject = refresher(store, tmp_path)
+    subject._try(store.live())
+    publish(tiny_release(tmp_path / "bad", warmup=[{"candidates": ["x"]}]), store, users=False)
+    store.change(canary(b, 0.5))
+    subject._try(store.live())
+    assert answering(subject) == {a, b}
+    assert subject.standing.failure is not None
+    store.rollback()
+    store.rollback()
+    subject._try(store.live())
+    assert answering(subject) == {a}
+    assert subject.standing.failure is None
+
+
+def test_a_release_is_its_own_shadow(store: Flaky, tmp_path: Path) -> None:
+    (a,) = made_releases(store, tmp_path, 1)
+    store.change(shadow(a, 1.0))
+    subject = refresher(store, tmp_path)
+    subject._try(store.live())
+    assert subject.serving().shadow is subject.ranker()
+    assert store.fetched == [a]
+
+
+def test_a_canary_that_another_process_fetches_is_awaited(store: Flaky, tmp_path: Path) -> None:
+    a, b = made_releases(store, tmp_path, 2)
+    subject = refresher(store, tmp_path)
+    subject._try(store.live())
+    store.change(canary(b, 0.5))
+    store.awaited = Awaited("on its way")
+    subject._try(store.live())
+    assert (subject.standing.refused, subject.standing.failures) == ({b: "on its way"}, 0)
+    store.awaited = Awaited("it cannot be had", failures=2)
+    for _ in range(3):
+        subject._try(store.live())
+    assert (subject.standing.refused, subject.standing.failures) == ({b: "it cannot be had"}, 1)
+    store.awaited = None
+    subject._try(store.live())
+    assert answering(subject) == {a, b}

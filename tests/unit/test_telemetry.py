@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from service.shadow import Comparison
 from service.telemetry import STAGES, StageClock, Telemetry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,3 +75,40 @@ def test_workers_add_up_their_metrics(tmp_path: Path) -> None:
         "import sys; from service.telemetry import Telemetry; sys.stdout.write(Telemetry().render(None).decode())"
     )
     assert 'ranktower_requests_total{route="/v1/rank",status="200"} 2.0' in text
+
+
+def test_shares_of_releases_that_are_no_longer_live_are_nothing() -> None:
+    telemetry = Telemetry()
+    telemetry.show_shares({("a", "current"): 0.9, ("b", "canary"): 0.1}, {"c"})
+    telemetry.show_shares({("b", "current"): 1.0}, set())
+    text = telemetry.render(None).decode()
+    assert 'ranktower_release_share{release="a",role="current"} 0.0' in text
+    assert 'ranktower_release_share{release="b",role="canary"} 0.0' in text
+    assert 'ranktower_release_share{release="b",role="current"} 1.0' in text
+    assert 'ranktower_release_refused{release="c"} 0.0' in text
+
+
+def test_means_of_a_shadow_are_by_the_release_that_it_stood_against() -> None:
+    telemetry = Telemetry()
+    for against, overlap in (("a", 0.5), ("a", 1.0), ("b", 0.25)):
+        found = Comparison(overlap={10: overlap}, correlation=None if against == "b" else 0.5, missing=2)
+        telemetry.observe_shadow("s", against, found, 0.001)
+    telemetry.observe_shadow("other", "a", Comparison(overlap={}, correlation=None, missing=0), 0.001)
+    first, second = telemetry.shadow_means("s")
+    assert (first["against"], first["rankings"], first["missing_items"]) == ("a", 2, 4)
+    assert first["overlap@10"] == {"mean": 0.75, "count": 2}
+    assert first["rank_correlation"] == {"mean": 0.5, "count": 2}
+    assert second["overlap@10"] == {"mean": 0.25, "count": 1}
+    assert "rank_correlation" not in second
+    assert telemetry.shadow_means("nobody") == []
+
+
+def test_requests_and_their_time_are_counted_by_release() -> None:
+    telemetry = Telemetry()
+    clock = StageClock()
+    clock.lap("score")
+    telemetry.observe_release("a", 3)
+    telemetry.observe_release_seconds("a", clock)
+    text = telemetry.render(None).decode()
+    assert 'ranktower_release_rankings_total{release="a"} 3.0' in text
+    assert 'ranktower_release_seconds_count{release="a"} 1.0' in text

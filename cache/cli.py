@@ -287,8 +287,11 @@ def _change(store: str, change: Change) -> Audited | None:
     target = open_store(store)
     check_change(target, change)
     made = target.change(change)
-    live = told(target.live())
-    console.print(f"live is {live}" if made is not None else f"nothing to change: live is {live}")
+    if made is None:
+        console.print(f"nothing to change: live is {told(target.live())}")
+    else:
+        before = shares_told(made.before, made.shadow_before)
+        console.print(f"live is {shares_told(made.after, made.shadow_after)}; was {before}")
     return made
 
 

@@ -72,12 +72,12 @@ class Line:
         left = [str(path) for path in (self.work / "build").glob("release-*")]
         if self.admin is not None:
             names = {key.decode() for key in self.admin.scan_iter("*")}
-            own = {"{ranktower}:releases", "{ranktower}:current", "{ranktower}:previous"}
+            own = {"{ranktower}:releases", "{ranktower}:current", "{ranktower}:previous", "{ranktower}:audit"}
             own |= {"ranktower:check", "{ranktower}:check"}  # gone after a second
             return left + sorted(name for name in names - own if not name.startswith(f"ranktower:release:{kept}:"))
         folder = Path(self.url.removeprefix("file://"))
         left += [str(path) for path in (folder / "tmp").iterdir()]
-        known = {"current", "releases", "users", "tmp", ".lock"}
+        known = {"current", "audit", "releases", "users", "tmp", ".lock"}
         return left + [path.name for path in folder.iterdir() if path.name not in known]
 
 

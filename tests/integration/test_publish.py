@@ -138,7 +138,7 @@ def test_releases_can_be_listed_switched_and_pruned(shop: Shop, url: str) -> Non
     listed = run("releases", "list", "--store", url)
     assert listed.index(first) < listed.index("current") < listed.index(second)
     assert run("releases", "activate", second, "--store", url) == f"current is {second}, was {first}"
-    assert run("releases", "rollback", "--store", url) == f"current is {first}, was {second}"
+    assert run("releases", "rollback", "--store", url) == f"live is {first} 100 %; was {second} 100 %"
     run("releases", "activate", second, "--store", url)
     assert f"{second}: all hashes" in run("releases", "verify", "--store", url)
     assert f"{first}: all hashes" in run("releases", "verify", first, "--store", url)

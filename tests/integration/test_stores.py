@@ -962,7 +962,7 @@ def test_replicas_of_one_machine_share_a_download(redis_url: str, folders: list[
 def test_a_publisher_that_was_killed_sends_only_what_is_missing_when_started_again(large: Path, tmp_path: Path) -> None:
     with running_redis() as server, server.client() as client:
         place = Place(f"{server.url}?prefix=resumed", tmp_path)
-        kill_publisher(place, large, "publish", 0.5)
+        kill_publisher(place, large, "publish", 0.1)  # at the second chunk, when ten at most have begun
         assert eventually(lambda: client.info("clients")["connected_clients"] == 1)  # what it sent has arrived
         lies_there = sum(client.strlen(key) for key in client.scan_iter("resumed:release:*"))
         missing = read_release(large).size_bytes - lies_there
@@ -970,7 +970,7 @@ def test_a_publisher_that_was_killed_sends_only_what_is_missing_when_started_aga
         name = place.open().publish(large)
         sent = client.info("stats")["total_net_input_bytes"] - before
         assert verify_release(place.fetch(name)).id == name
-    assert lies_there > read_release(large).size_bytes / 2
+    assert lies_there > read_release(large).size_bytes / 10
     assert missing <= sent < 1.01 * missing  # keys, the lease, the manifest
 
 

@@ -145,17 +145,19 @@ def test_a_release_is_tried_out_by_verbs(
         assert ranktower(monkeypatch, "releases", *arguments, "--store", store.url) == code
         return "".join(capsys.readouterr())
 
-    assert said("canary", b, "--weight", "0.1") == f"live is {a} 90 %, {b} 10 %\n"
+    assert said("canary", b, "--weight", "0.1") == f"live is {a} 90 %, {b} 10 %; was {a} 100 %\n"
     assert said("canary", b, "--weight", "0.1").startswith("nothing to change: live is")
-    assert said("shadow", a, "--share", "0.05") == f"live is {a} 90 %, {b} 10 %, shadow {a} 5 %\n"
+    assert (
+        said("shadow", a, "--share", "0.05") == f"live is {a} 90 %, {b} 10 %, shadow {a} 5 %; was {a} 90 %, {b} 10 %\n"
+    )
     listed = said("list").splitlines()
     assert listed[1].endswith("current shadow 5 %")
     assert listed[2].endswith("canary 10 %")
     assert "the canaries have ended; once more goes back" in said("rollback")
     assert "nothing was current before" in said("rollback", code=2)
-    assert said("abort") == f"live is {a} 100 %\n"
+    assert said("abort") == f"live is {a} 100 %; was {a} 100 %, shadow {a} 5 %\n"
     said("canary", b, "--weight", "0.5")
-    assert said("promote") == f"live is {b} 100 %\n"
+    assert said("promote") == f"live is {b} 100 %; was {a} 50 %, {b} 50 %\n"
     assert "there is no canary" in said("promote", code=2)
     trail = said("audit").splitlines()
     assert [line.split()[2] for line in trail] == [

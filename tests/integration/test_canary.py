@@ -14,8 +14,9 @@ import httpx
 import numpy as np
 import pytest
 
-from cache.rollout import Change
+from cache.rollout import SLOTS, Change
 from cache.store import ReleaseStore, open_store
+from service.live import slot_of
 from service.ranker import Ranker
 from service.wire import RankRequest
 from tests.processes import READY, TIMEOUT_S, Server, eventually, server
@@ -24,7 +25,11 @@ from tests.tiny_releases import USERS_COUNT, TinyRelease, publish, tiny_release
 
 TOKEN = "secret"
 CANDIDATES = [*range(100, 160)]
-USERS = [*range(1, USERS_COUNT + 1)]
+ARCS = 20
+# Users of the table, and one unknown to it in each twentieth of the slots: where a canary begins follows its name, and
+# no start may leave it, or the current release, without any of them.
+STRANGERS = {slot_of(user) * ARCS // SLOTS: user for user in range(2000, 1000, -1)}
+USERS = [*range(1, USERS_COUNT + 1), *STRANGERS.values()]
 
 
 @pytest.fixture(scope="module")

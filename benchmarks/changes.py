@@ -1,8 +1,9 @@
 """Benchmark of updates: how long until a changed item is in the answers, and how many changes a second that lasts for.
 
 A Redis that persists every second, `ranktower update --follow` and one replica, all in processes of their own, while
-rankings are asked without pause. A change is visible once an answer names a watermark that is not before it; its time
-begins before it is appended. In the end a sample of the changed items must have the scores of their last rows.
+rankings are asked one after the other, with pauses of 10 ms. A change is visible once an answer names a watermark that
+is not before it; its time begins before it is appended. In the end a sample of the changed items must have the scores
+of their last rows.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class Measured:
         self._ask(body, look, stopping, pause_s=0.005)
 
     def _rank(self, ranked: list[float], stopping: Event) -> None:
-        """The load: rankings of random candidates, without a pause to speak of."""
+        """The load: rankings of the same candidates, a light one."""
         body = orjson.dumps({"candidates": self.made.ids[:CANDIDATES].tolist(), "top_k": 100})
         self._ask(body, lambda _, ms: ranked.append(ms), stopping, pause_s=0.01)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,21 @@ def overlay_of(made: TinyRelease, folder: Path, *, watermark: int = 7, dtype: Dt
         records=records_of(made, newer, 4.0),
         deleted=[item_id(number, ids) for number in DELETED],
         watermark=watermark,
+    )
+    return Overlay.open(path)
+
+
+def deleting(made: TinyRelease, folder: Path, ids: list[Any]) -> Overlay:
+    """An overlay without a record."""
+    path = write_overlay(
+        folder,
+        bundle_id=made.bundle.id,
+        id_type="int",
+        layout=item_layout(made.head, "f32"),
+        ids=[],
+        records=np.empty((0, made.head.item_size), np.float32),
+        deleted=ids,
+        watermark=3,
     )
     return Overlay.open(path)
 
@@ -98,17 +114,7 @@ def test_a_retrieval_searches_for_more_where_most_is_deleted(tmp_path: Path) -> 
     made = tiny_release(tmp_path, index="flat")
     plain = Ranker.open(made.folder, made.users, retrieval=True)
     kept = made.item_ids[::6]
-    path = write_overlay(
-        tmp_path,
-        bundle_id=made.bundle.id,
-        id_type="int",
-        layout=item_layout(made.head, "f32"),
-        ids=[],
-        records=np.empty((0, made.head.item_size), np.float32),
-        deleted=[item for item in made.item_ids if item not in kept],
-        watermark=3,
-    )
-    ranker = plain.with_overlay(Overlay.open(path))
+    ranker = plain.with_overlay(deleting(made, tmp_path, [item for item in made.item_ids if item not in kept]))
     body = dumps({"user_id": made.user_ids[0], "top_k": 60, "per_head": 20})
     found = ranker.retrieve(ranker.decoders.retrieve(body)).ids
     before = [item for item in plain.retrieve(plain.decoders.retrieve(body)).ids if item in kept]
@@ -155,16 +161,6 @@ def test_overlays_of_a_folder_come_in_the_order_of_their_changes(tmp_path: Path)
 
 def test_an_overlay_may_only_delete(tmp_path: Path) -> None:
     made = tiny_release(tmp_path)
-    path = write_overlay(
-        tmp_path,
-        bundle_id=made.bundle.id,
-        id_type="int",
-        layout=item_layout(made.head, "f32"),
-        ids=[],
-        records=np.empty((0, made.head.item_size), np.float32),
-        deleted=made.item_ids[:2],
-        watermark=3,
-    )
-    ranker = Ranker.open(made.folder).with_overlay(Overlay.open(path))
+    ranker = Ranker.open(made.folder).with_overlay(deleting(made, tmp_path, made.item_ids[:2]))
     ranking = ranker.rank(ranker.decoders.rank(dumps({"candidates": made.item_ids[:4], "top_k": 4})))
     assert ranking.missing.tolist() == made.item_ids[:2]

@@ -611,7 +611,8 @@ def _embed(store: ReleaseStore, cache: Path, workers: int | None) -> None:
     with Updater(store, cache / UPDATES, workers=workers, tell=_tell) as updater:
         updater.catch_up()
     places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in updater.lines.items())
-    console.print(f"embedded for {len(updater.lines)} bundles: {places}")
+    count = len(updater.lines)
+    console.print(f"embedded for {count} bundle{'s' * (count != 1)}: {places}")
     if updater.dead:
         console.print(f"{updater.dead:,} changes could not be embedded: see `ranktower update --dead`")
 

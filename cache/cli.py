@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -24,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from cache.changes import CHANGES, DEAD, DeadLetter, decode_dead
 from cache.durable import locked, locked_now
-from cache.errors import StoreError
+from cache.errors import StoreError, disk_error
 from cache.release import (
     BUNDLE,
     INDEX,
@@ -727,7 +728,7 @@ def building_in(work: Path, order: str = "") -> Iterator[Path]:
             (folder / ORDER).write_text(order)
         try:
             yield folder
-        except BaseException:
+        except BaseException as error:
             if (folder / "release").is_dir():
                 (folder / LOCK).unlink()
                 console.print(
@@ -735,6 +736,8 @@ def building_in(work: Path, order: str = "") -> Iterator[Path]:
                 )
             else:
                 _delete_build(work, folder)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a write names no path
+                raise StoreError(disk_error(error, work)) from error
             raise
         _delete_build(work, folder)
 

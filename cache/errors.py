@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import errno
 
+from pathlib import Path
+
 from model.errors import RankTowerError
 
+FULL = "free space there, or name another folder; `ranktower releases prune --keep 1` frees that of a store"
 IN_THE_WAY = "a file is where a folder should be: move it away, or name another folder"
 REMEDIES = {
-    errno.ENOSPC: "free space, for example with `ranktower releases prune --keep 1`",
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
     errno.EACCES: "give this user the right to read and write there",
     errno.EPERM: "give this user the right to read and write there",
     errno.EROFS: "the disk is read-only: name a folder that can be written",
@@ -51,8 +55,9 @@ class Awaited(StoreError):  # noqa: N818
         self.failures = failures
 
 
-def disk_error(error: OSError) -> str:
-    """What the disk refused: the path, the reason and the remedy."""
+def disk_error(error: OSError, place: Path | None = None) -> str:
+    """What the disk refused: the path, the reason and the remedy. `place`: where, for a write, which names no path."""
     reason = error.strerror or str(error) or type(error).__name__
-    named = reason if error.filename is None else f"{error.filename}: {reason}"
+    where = error.filename or place
+    named = reason if where is None else f"{where}: {reason}"
     return f"{named}: {REMEDIES.get(error.errno or 0, 'check the disk and try again')}"

@@ -151,7 +151,7 @@ class Follower:
             for old in overlays_in(home)[:-KEPT]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            raise StoreError(disk_error(error)) from error
+            raise StoreError(disk_error(error, cache_dir)) from error
         return path
 
     def _folder(self, cache_dir: Path) -> Path:

@@ -209,7 +209,7 @@ class RedisStore:
 
     def fetch(self, release_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path:
         target = self._cache(cache_dir) / release_id
-        with self._errors():
+        with self._errors(cache_dir):
             release, raw = self._release(release_id)
             if target not in self._verified or not target.is_dir():
                 self._chunks.download(f"release:{release_id}", release, target, (RELEASE, raw), progress)
@@ -263,7 +263,7 @@ class RedisStore:
 
     def fetch_users(self, spec_id: str, cache_dir: Path, progress: Progress = no_progress) -> Path | None:
         home = self._cache(cache_dir) / "users" / spec_id
-        with self._errors():
+        with self._errors(cache_dir):
             found = self._user_table(spec_id)
             drop_cached(home, set() if found is None else {found[0].id})
             if found is None:
@@ -418,14 +418,14 @@ class RedisStore:
         return self._client.eval(script, len(self._control), *self._control, *arguments)
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turn errors of Redis and of the disk into ones that say where and what to do."""
+    def _errors(self, cache: Path | None = None) -> Iterator[None]:
+        """Turn errors of Redis and of the disk, where `cache` is written to, into ones that say where and what to do."""
         try:
             yield
         except (RedisError, RedisClusterException) as error:
             raise store_error(self._address, error) from error
         except OSError as error:
-            raise StoreError(disk_error(error)) from error
+            raise StoreError(disk_error(error, cache)) from error
 
     def list(self) -> ReleaseInfos:
         with self._errors():

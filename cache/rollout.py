@@ -149,6 +149,8 @@ def _rollback(state: State, change: Change, names: Collection[str]) -> State:
     if live.rollout.canaries:
         return replace(state, live=replace(live, rollout=replace(live.rollout, canaries=())))
     alive = [name for name in state.previous if name in names]
+    if not alive and live.current is None:
+        raise RolloutRefused("nothing is current, and nothing was before: publish a release")
     if not alive:
         raise RolloutRefused(f"nothing was current before {live.current}: choose with `ranktower releases activate`")
     to = Live(current=alive[0], rollout=live.rollout.without(alive[0]))

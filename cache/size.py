@@ -214,35 +214,38 @@ def report(form: Form, service: Service, cost: Cost) -> str:
     lines = [
         f"{form.items:,} items, {head.kind}, {floats}, {form.dtype} records of {cost.record} bytes, {ids}, "
         f"index {form.index}{bundle}",
-        f"{'':46} {'a shard':>14} {f'{shards} shards':>16}" if shards > 1 else "",
+        *([f"{'':42} {'a shard':>14} {f'{shards} shards':>16}"] if shards > 1 else []),
+        *(
+            f"{name:42} {one:>14}" + (f" {whole:>16}" if shards > 1 else "")
+            for name, one, whole in figures(service, cost)
+        ),
     ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def figures(service: Service, cost: Cost) -> list[tuple[str, str, str]]:
+    """What it is, how much for one shard, and for all where that is a sum."""
+    shards = service.shards
     kept = f"{service.releases} release{'s' * (service.releases > 1)}"
     workers = f"{service.workers} worker{'s' * (service.workers > 1)}"
-    line = f"{service.gbit:g} Gbit/s"
-    rows: list[tuple[str, str, str]] = [
-        ("items", f"{cost.items:,}", f"{form.items:,}"),
+    publishing = cost.redis_publishing
+    return [
+        ("items", f"{cost.items:,}", f"{shards * cost.items:,}"),
         ("bytes an item, without bundle", f"{cost.item:.1f}", ""),
         ("release", _bytes(cost.release), _bytes(shards * cost.release)),
-        ("  of it table and index, which replicas map", _bytes(cost.snapshot + cost.index), ""),
-        (f"Redis, {kept}", _bytes(cost.redis), _bytes(shards * cost.redis)),
-        (
-            "  while one more is published: maxmemory",
-            _bytes(cost.redis_publishing),
-            _bytes(shards * cost.redis_publishing),
-        ),
-        (f"replica's memory, {workers}", _bytes(cost.replica), ""),
-        ("  while a release is swapped in", _bytes(cost.replica_swapping), ""),
+        ("Redis, " + kept, _bytes(cost.redis), _bytes(shards * cost.redis)),
+        ("Redis while one more comes: maxmemory", _bytes(publishing), _bytes(shards * publishing)),
+        ("replica's memory, " + workers, _bytes(cost.replica), ""),
+        ("replica's memory during a swap", _bytes(cost.replica_swapping), ""),
         ("replica's disk", _bytes(cost.replica_disk), ""),
         ("publisher's memory", _bytes(cost.publisher), ""),
-        ("publisher's disk, with --incremental", _bytes(cost.publisher_disk), ""),
-        ("embedding on one core, default recipe", _seconds(cost.embed_s), _seconds(shards * cost.embed_s)),
-        ("building beside it, on two cores", _seconds(cost.build_s), _seconds(shards * cost.build_s)),
+        ("publisher's disk", _bytes(cost.publisher_disk), ""),
+        ("embedding on one core", _seconds(cost.embed_s), _seconds(shards * cost.embed_s)),
+        ("building beside it", _seconds(cost.build_s), _seconds(shards * cost.build_s)),
         ("storing in Redis", _seconds(cost.store_s), _seconds(shards * cost.store_s)),
-        (f"download of a replica at {line}", _seconds(cost.download_s), ""),
-        ("  as measured on two shared cores", _seconds(cost.download_measured_s), ""),
+        (f"download at {service.gbit:g} Gbit/s", _seconds(cost.download_s), ""),
+        ("download as measured", _seconds(cost.download_measured_s), ""),
     ]
-    lines += [f"{name:46} {one:>14}" + (f" {whole:>16}" if shards > 1 else "") for name, one, whole in rows]
-    return "\n".join(line.rstrip() for line in lines if line)
 
 
 def _bytes(size: int) -> str:

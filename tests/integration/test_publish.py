@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -408,3 +409,11 @@ def test_without_a_current_release_verbs_say_what_to_do(url: str) -> None:
         with pytest.raises(StoreError, match=r"publish|releases"):
             run(*arguments, "--store", url)
     assert "nothing to delete" in run("releases", "prune", "--keep", 2, "--store", url)
+
+
+def test_a_full_disk_where_a_release_is_built_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StoreError, match=f"^{tmp_path}: No space left on device: free space there, or name another"),
+        building_in(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")

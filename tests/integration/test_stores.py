@@ -726,6 +726,19 @@ def test_a_full_disk_proposes_a_command_as_it_can_be_typed(tmp_path: Path, folde
         FileStore(f"file://{tmp_path}/store").publish(folders[2], full)
 
 
+def test_a_full_disk_of_a_replica_is_named(tmp_path: Path, folders: list[Path]) -> None:
+    def full(stage: str, done: int, total: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with running_redis() as server:
+        store = RedisStore(server.url)
+        name = store.publish(folders[2])
+        cache = tmp_path / "cache"
+        with pytest.raises(StoreError, match=f"^{cache}: No space left on device: free space there, or name another"):
+            store.fetch(name, cache, full)
+        store.close()
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folders: list[Path]) -> None:
     (tmp_path / "store").write_text("a file, not a folder")
     store = FileStore(f"file://{tmp_path}/store")

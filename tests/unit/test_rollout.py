@@ -188,6 +188,11 @@ def test_nothing_stands_beside_nothing(change: Change) -> None:
         changed(State(), change, NAMES)
 
 
+def test_a_rollback_of_nothing_does_not_speak_of_none() -> None:
+    with pytest.raises(RolloutRefused, match="nothing is current, and nothing was before: publish"):
+        changed(State(), Change(verb="rollback"), NAMES)
+
+
 def test_what_becomes_live_is_checked_but_for_going_back_and_ending() -> None:
     named = after(canary(C, 0.1))
     assert newly_live(START.live, named.live, canary(C, 0.1)) == [C]

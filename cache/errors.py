@@ -11,7 +11,6 @@ RankTowerError
 from __future__ import annotations
 
 import errno
-
 from pathlib import Path
 
 from model.errors import RankTowerError

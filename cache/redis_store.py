@@ -419,7 +419,7 @@ class RedisStore:
 
     @contextmanager
     def _errors(self, cache: Path | None = None) -> Iterator[None]:
-        """Turn errors of Redis and of the disk, where `cache` is written to, into ones that say where and what to do."""
+        """Turn errors of Redis, and of the disk that `cache` lies on, into ones that say where and what to do."""
         try:
             yield
         except (RedisError, RedisClusterException) as error:

@@ -70,7 +70,7 @@ REMEDIES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits any
         RedisClusterException,
         "check with `redis-cli --cluster check` that a cluster runs there and serves all slots; one server is redis://",
     ),
-    (RedisError, "check the server's log"),
+    (RedisError, "check the options and the database in the URL, and the server's log"),
 )
 
 

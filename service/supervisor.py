@@ -104,10 +104,11 @@ class Supervisor(Multiprocess):
         super().init_processes()
 
     def keep_subprocess_alive(self) -> None:
-        before = {worker.pid for worker in self.processes}
+        before = {worker.pid: worker for worker in self.processes}
         super().keep_subprocess_alive()
-        for gone in before - {worker.pid for worker in self.processes}:
+        for gone in before.keys() - {worker.pid for worker in self.processes}:
             _forget_metrics(gone)
+            log.warning("worker %s ended with %s: another was started%s", gone, *_ending(before[gone].exitcode))
         ended = self.refresher.exitcode
         if ended is None or self.should_exit.is_set() or monotonic() < self._started_s + RESTART_PAUSE_S:
             return
@@ -122,6 +123,11 @@ class Supervisor(Multiprocess):
         self._started_s = monotonic()
         self.refresher.start()
         log.info("process %s is the refresher", self.refresher.pid)
+
+
+def _ending(code: int | None) -> tuple[int | None, str]:
+    """The exit code of a worker, and what a kill may mean: a worker ends by itself in no other way."""
+    return code, " (killed: see the kernel's log for memory that ran out)" if code == -signal.SIGKILL else ""
 
 
 def _forget_metrics(worker: int | None) -> None:

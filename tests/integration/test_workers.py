@@ -102,7 +102,9 @@ def test_one_process_fetches_from_redis_and_workers_outlive_it(releases: list[Ti
             redis.kill()
             eventually(lambda: state(url)["store"]["reachable"] is False)
             with asked(url, broken=1) as answers:  # the one that the worker may be at
-                os.kill(worker_of(running, refresher), signal.SIGKILL)
+                killed = worker_of(running, refresher)
+                os.kill(killed, signal.SIGKILL)
+                running.read_until(rf"worker {killed} ended with -9: another was started \(killed")
                 assert running.read_until(READY)[2] == names[-1]  # from what lies here, without the store
                 more(answers)
             assert state(url)["store"]["failure"].startswith(redis.url)

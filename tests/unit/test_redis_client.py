@@ -172,6 +172,7 @@ def test_only_what_ends_by_itself_is_waited_for() -> None:
         (failures.NoPermissionError("this user has no permissions"), r"docs/stores\.md"),
         (failures.LockNotOwnedError("no longer owned"), "publish again"),
         (failures.TimeoutError("Timeout reading from socket"), "in time"),
+        (failures.ResponseError("ERR DB index is out of range"), "the database in the URL"),
         (failures.ResponseError("MISCONF Redis is configured to save RDB snapshots"), "server's log"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

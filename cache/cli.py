@@ -84,6 +84,7 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads, or actors, that run the item tower; as many as processors.")
 ]
 RayAddress = Annotated[str | None, typer.Option(help="host:port of the Ray cluster that this node is part of.")]
+SparkMaster = Annotated[str | None, typer.Option(help="spark://host:port, local[2] or another master of Spark's.")]
 
 
 class EngineKind(StrEnum):
@@ -91,6 +92,7 @@ class EngineKind(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
+    SPARK = "spark"
 
 
 EngineChoice = Annotated[EngineKind, typer.Option(help="Who runs the item tower (docs/operations.md).")]
@@ -114,13 +116,14 @@ def publish(
     workers: Workers = None,
     engine: EngineChoice = EngineKind.LOCAL,
     ray_address: RayAddress = None,
+    spark_master: SparkMaster = None,
     work: WorkFolder = Path("var/build"),
     cache: CacheDir = Path("var/cache"),
 ) -> None:
     """Embed the catalogue with a bundle and publish both as one release."""
     from cache.embed import build_release
 
-    target, embedding = open_store(store), _engine(engine, workers, ray_address)
+    target, embedding = open_store(store), _engine(engine, workers, ray_address, spark_master)
     before = _current(target)
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
@@ -416,16 +419,23 @@ class Sent:
         _warn_if_shrunk(release.count, made.get("removed", 0), before)
 
 
-def _engine(kind: EngineKind, workers: int | None, ray_address: str | None) -> Engine:
+def _engine(kind: EngineKind, workers: int | None, ray_address: str | None, spark_master: str | None) -> Engine:
     from cache.embed import on_threads
 
-    if kind is EngineKind.LOCAL:
-        return on_threads(workers)
     try:
-        from cache.on_ray import on_ray
+        if kind is EngineKind.RAY:
+            from cache.on_ray import on_ray
+
+            return on_ray(ray_address, workers)
+        if kind is EngineKind.SPARK:
+            from cache.on_spark import on_spark
+
+            return on_spark(spark_master, workers)
     except ImportError as error:
-        raise StoreError(f"--engine ray needs Ray ({error}): pip install 'ranktower[ray]'") from error
-    return on_ray(ray_address, workers)
+        raise StoreError(
+            f"--engine {kind} needs {kind.capitalize()} ({error}): pip install 'ranktower[{kind}]'"
+        ) from error
+    return on_threads(workers)
 
 
 def _current(store: ReleaseStore) -> ReleaseInfo | None:

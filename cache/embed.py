@@ -3,7 +3,7 @@
 The tower runs on padded batches of one fixed shape, so that a record does not depend on its neighbours. With a previous
 release of the same bundle only items whose encoded input changed go through it: of each block of 32,768 rows those that
 changed are batched together, and their padding is at most 255 rows. An `Engine` runs the tower: the threads of this
-process (`on_threads`), or a cluster (cache/on_ray.py).
+process (`on_threads`), or a cluster (cache/on_ray.py, on_spark.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache.catalogue import Catalogue, open_catalogue
@@ -131,6 +132,34 @@ class Block:
     values: NDArray[
         Any
     ]  # of the m items to embed: features (m, width) int32; after the tower records (m, size) float32
+
+    def to_table(self) -> pa.Table:
+        """One row of octets, which no cluster cuts or converts."""
+        octets: dict[str, NDArray[Any]] = {"prints": self.prints, "rows": self.rows, "values": self.values}
+        return pa.table(
+            {
+                "start": [self.start],
+                "known": [self.known],
+                "width": [self.values.shape[1]],
+                **{name: pa.array([array.tobytes()], pa.large_binary()) for name, array in octets.items()},
+            }
+        )
+
+    @classmethod
+    def from_table(cls, table: pa.Table, values: type[Any]) -> Self:
+        """The block of such a row, with `values` of that type."""
+
+        def array(name: str, dtype: Any) -> NDArray[Any]:
+            return np.frombuffer(table[name][0].as_buffer(), dtype)
+
+        start, known, width = (table[name][0].as_py() for name in ("start", "known", "width"))
+        return cls(
+            start=start,
+            prints=array("prints", np.uint64),
+            rows=array("rows", np.int32),
+            known=known,
+            values=array("values", values).reshape(-1, width),
+        )
 
 
 Engine = Callable[[Bundle, Catalogue, Previous | None], Iterator[Block]]  # every block once, in order, with records

@@ -95,6 +95,14 @@ class EngineKind(StrEnum):
     SPARK = "spark"
 
 
+class HeadChoice(StrEnum):
+    """How a user and an item become a score."""
+
+    MAXSIM = "maxsim"
+    CROSS_ATTENTION = "cross_attention"
+    ONNX = "onnx"
+
+
 EngineChoice = Annotated[EngineKind, typer.Option(help="Who runs the item tower (docs/operations.md).")]
 
 
@@ -209,6 +217,47 @@ def update(
         _append(target, _current_spec(target, cache), items, delete, delete_ids, id_column)
         if embed:
             _embed(target, cache, workers)
+
+
+@app.command()
+def size(
+    items: Annotated[int, typer.Option(min=1, help="Items of the catalogue.")],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle folder: heads, dim, type of ids, vocabularies.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Item heads, without a bundle.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Dimensions of a head, without a bundle.")] = None,
+    kind: Annotated[
+        HeadChoice | None,
+        typer.Option("--head", help="Without a bundle; maxsim where absent. onnx: heads x dim floats."),
+    ] = None,
+    bias: Annotated[bool, typer.Option("--bias", help="Items have a bias; without a bundle.")] = False,
+    dtype: Annotated[
+        DtypeChoice, typer.Option(help="Of the records; auto here is the smallest that it may choose.")
+    ] = DtypeChoice.AUTO,
+    ids: Annotated[str, typer.Option(help="int64, or string:20 with the mean bytes of an id.")] = "int64",
+    index: Annotated[IndexKind, typer.Option(help="Index for requests without candidates.")] = IndexKind.NONE,
+    kept: Annotated[int, typer.Option("--releases", min=1, help="Releases that the store keeps.")] = 2,
+    shards: Annotated[int, typer.Option(min=1, help="Parts into which the items are cut.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes of a replica.")] = 1,
+    gbit: Annotated[float, typer.Option(min=0.001, help="Line rate of a replica, Gbit/s.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print bytes and seconds as JSON.")] = False,
+) -> None:
+    """What a catalogue will cost: bytes an item, memory of Redis, replicas and publisher, disk, times."""
+    from cache.size import Service, cost_of, form_of, report
+
+    form = form_of(
+        items,
+        bundle=bundle,
+        heads=heads,
+        dim=dim,
+        kind=None if kind is None else kind.value,
+        bias=bias,
+        dtype=dtype,
+        ids=ids,
+        index=index,
+    )
+    service = Service(releases=kept, shards=shards, workers=workers, gbit=gbit)
+    cost = cost_of(form, service)
+    console.print(json.dumps(cost.to_json()) if as_json else report(form, service, cost), markup=False)
 
 
 @releases.command("list")

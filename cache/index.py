@@ -93,6 +93,21 @@ def build_index(snapshot: Snapshot, head: HeadSpec, kind: str, path: Path, progr
     faiss.write_index(index, str(path))
 
 
+def index_bytes(head: HeadSpec, kind: str, items: int) -> int:
+    """Bytes of the file that `build_index` writes for so many items, to within 1 KB.
+
+    Raises StoreError for a kind that cannot search this head.
+    """
+    total = items * head.item_heads
+    index = _empty(index_kind(kind, head), _width(head, kind), total)
+    code_bytes: int = index.code_size
+    if isinstance(index, faiss.IndexFlat):
+        return total * code_bytes
+    lists: int = index.nlist
+    vector_bytes: int = 4 * index.d  # of a centroid, and of both ends of the values' range
+    return total * (code_bytes + 8) + lists * (vector_bytes + 8) + 2 * vector_bytes  # ids; how long each list is
+
+
 def recall_curve(
     index: RetrievalIndex,
     snapshot: Snapshot,

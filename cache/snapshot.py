@@ -299,15 +299,9 @@ def _check_sections(path: Path, header: Header) -> None:
             f"{path} holds {header.record_dtype} {header.layout} records of {header.kind} by {header.id_type} id, "
             "unknown to this version: publish the release again"
         )
-    count, pieces = header.count, -(-(header.sections.get("hashes", Section(0, 0)).offset - RECORDS_AT) // PIECE_BYTES)
-    wanted = {
-        "records": count * header.stride,
-        "keys": 8 * count,
-        "buckets": 4 * BUCKET_WORDS * bucket_count(count),
-        "hashes": 32 * pieces,
-    }
-    if header.id_type == "string":
-        wanted |= {"offsets": 8 * (count + 1), "text": header.sections.get("text", Section(0, -1)).size}
+    count, text_bytes = header.count, header.sections.get("text", Section(0, -1)).size
+    wanted = section_sizes(count, header.stride, header.id_type, text_bytes)
+    wanted["hashes"] = _hashes_size(header.sections.get("hashes", Section(0, 0)).offset)
     if count > MAX_ROWS:
         raise SnapshotError(f"{path} claims {count} rows, at most {MAX_ROWS} fit: publish the release again")
     for name, size in wanted.items():
@@ -318,6 +312,25 @@ def _check_sections(path: Path, header: Header) -> None:
         raise SnapshotError(f"{path}: a section lies outside of the file: publish the release again")
     if header.stride < header.record_size * np.dtype(DTYPES[header.record_dtype]).itemsize:
         raise SnapshotError(f"{path}: records of {header.record_size} values overlap: publish the release again")
+
+
+def section_sizes(count: int, stride: int, id_type: IdType, text_bytes: int = 0) -> dict[str, int]:
+    """Bytes of every section of a table but the hashes, in the order of the file. `text_bytes`: of all string ids."""
+    texts = {"offsets": 8 * (count + 1), "text": text_bytes} if id_type == "string" else {}
+    buckets = 4 * BUCKET_WORDS * bucket_count(count)
+    return {"records": count * stride, "keys": 8 * count, **texts, "buckets": buckets}
+
+
+def file_bytes(count: int, stride: int, id_type: IdType, text_bytes: int = 0) -> int:
+    """Bytes of the file that `SnapshotWriter` makes of so many rows."""
+    end = RECORDS_AT
+    for size in section_sizes(count, stride, id_type, text_bytes).values():
+        end = _aligned(end) + size
+    return _aligned(end) + _hashes_size(_aligned(end))
+
+
+def _hashes_size(hashes_at: int) -> int:
+    return 32 * -(-(hashes_at - RECORDS_AT) // PIECE_BYTES)
 
 
 def as_integers(ids: Ids) -> NDArray[np.int64]:

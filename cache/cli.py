@@ -67,6 +67,7 @@ app.add_typer(releases, name="releases")
 users = typer.Typer(help="Publish, show and delete the user table of a bundle, by itself.", no_args_is_help=True)
 app.add_typer(users, name="users")
 console = Console(highlight=False, soft_wrap=True)
+warnings = Console(highlight=False, soft_wrap=True, stderr=True)
 
 StoreUrl = Annotated[
     str, typer.Option("--store", help="file://./folder, redis://host:port/db?prefix=name, or another of docs/stores.md")
@@ -85,6 +86,7 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads, or actors, that run the item tower; as many as processors.")
 ]
 RayAddress = Annotated[str | None, typer.Option(help="host:port of the Ray cluster that this node is part of.")]
+SparkMaster = Annotated[str | None, typer.Option(help="spark://host:port, local[2] or another master of Spark's.")]
 
 
 class EngineKind(StrEnum):
@@ -92,6 +94,7 @@ class EngineKind(StrEnum):
 
     LOCAL = "local"
     RAY = "ray"
+    SPARK = "spark"
 
 
 class HeadChoice(StrEnum):
@@ -110,7 +113,7 @@ def publish(
     bundle: BundleFolder,
     items: Annotated[Path, typer.Option(help="Parquet file with the id and the features of every item.")],
     store: StoreUrl = DEFAULT_STORE,
-    index: Annotated[IndexKind, typer.Option(help="Index for requests without candidates.")] = IndexKind.NONE,
+    index: Annotated[IndexKind | None, typer.Option(help="Index for requests without candidates; none.")] = None,
     dtype: RecordType = DtypeChoice.AUTO,
     log: Annotated[Path | None, typer.Option("--users", help="Log folder whose users to publish, too.")] = None,
     activate: Annotated[bool, typer.Option(help="Make the release the current one.")] = True,
@@ -123,23 +126,27 @@ def publish(
     workers: Workers = None,
     engine: EngineChoice = EngineKind.LOCAL,
     ray_address: RayAddress = None,
+    spark_master: SparkMaster = None,
     work: WorkFolder = Path("var/build"),
     cache: CacheDir = Path("var/cache"),
 ) -> None:
     """Embed the catalogue with a bundle and publish both as one release."""
     from cache.embed import build_release
 
-    target, embedding = open_store(store), _engine(engine, workers, ray_address)
-    before = _current(target)
+    target, embedding = open_store(store), _engine(engine, workers, ray_address, spark_master)
+    before, kind = _current(target), index or IndexKind.NONE
+    if index is None:
+        _warn_of_lost_index(before)
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
         contained = watermark_of(target, items, watermark)
         if dry_run:
             table = _published_users(target, bundle, cache)
-            _plan(bundle, items, table, before, dtype=dtype, previous=previous, id_column=id_column, progress=report)
+            wanted = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column, "workers": workers}
+            _plan(target, bundle, items, table, before, progress=report, **wanted)
             return
         target.check_writable()
-        order = _order(bundle, items, [index, dtype, id_column, str(log), previous and before and before.id, watermark])
+        order = _order(bundle, items, [kind, dtype, id_column, str(log), previous and before and before.id, watermark])
         with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
             built = folder / "release"
@@ -148,7 +155,7 @@ def publish(
                     bundle,
                     items,
                     built,
-                    index=index,
+                    index=kind,
                     dtype=dtype,
                     users=table or _published_users(target, bundle, cache),
                     previous=previous,
@@ -466,16 +473,23 @@ class Sent:
         _warn_if_shrunk(release.count, made.get("removed", 0), before)
 
 
-def _engine(kind: EngineKind, workers: int | None, ray_address: str | None) -> Engine:
+def _engine(kind: EngineKind, workers: int | None, ray_address: str | None, spark_master: str | None) -> Engine:
     from cache.embed import on_threads
 
-    if kind is EngineKind.LOCAL:
-        return on_threads(workers)
     try:
-        from cache.on_ray import on_ray
+        if kind is EngineKind.RAY:
+            from cache.on_ray import on_ray
+
+            return on_ray(ray_address, workers)
+        if kind is EngineKind.SPARK:
+            from cache.on_spark import on_spark
+
+            return on_spark(spark_master, workers)
     except ImportError as error:
-        raise StoreError(f"--engine ray needs Ray ({error}): pip install 'ranktower[ray]'") from error
-    return on_ray(ray_address, workers)
+        raise StoreError(
+            f"--engine {kind} needs {kind.capitalize()} ({error}): pip install 'ranktower[{kind}]'"
+        ) from error
+    return on_threads(workers)
 
 
 def _current(store: ReleaseStore) -> ReleaseInfo | None:
@@ -483,17 +497,35 @@ def _current(store: ReleaseStore) -> ReleaseInfo | None:
     return next((info for info in store.list() if info.current), None)
 
 
-def _plan(bundle: Path, items: Path, users: Path | None, before: ReleaseInfo | None, **options: Any) -> None:
+def _warn_of_lost_index(before: ReleaseInfo | None) -> None:
+    """Where no index was asked for, and the current release has one."""
+    if before is not None and before.index != IndexKind.NONE:
+        warnings.print(
+            f"warning: the current release {before.id} has the index {before.index}, this one will have none, and "
+            f"without one /v1/retrieve answers nothing: give --index {before.index}, or --index none if that is meant"
+        )
+
+
+def _plan(
+    store: ReleaseStore, bundle: Path, items: Path, users: Path | None, before: ReleaseInfo | None, **options: Any
+) -> None:
     """Say what publishing would do."""
     from cache.embed import plan_release
+    from cache.size import STORE_BYTES_S
 
     plan = plan_release(bundle, items, users=users, **options)
-    removed = f", {plan.removed:,} removed" if options["previous"] else ""
+    counts = plan.counts
+    removed = f", {counts.removed:,} removed" if options["previous"] else ""
     console.print(
-        f"would publish {plan.items:,} items{_than(before)}: {plan.embedded:,} to embed, {plan.reused:,} unchanged"
-        f"{removed}; nothing was written"
+        f"would publish {counts.items:,} items{_than(before)}: {counts.embedded:,} to embed, {counts.reused:,} "
+        f"unchanged{removed}; nothing was written"
     )
-    _warn_if_shrunk(plan.items, plan.removed, before)
+    console.print(
+        f"the release would be {plan.size_bytes:,} bytes, built here and sent to {store.url}: about "
+        f"{plan.embed_s:,.1f} s of embedding on this machine, and {plan.size_bytes / STORE_BYTES_S:,.1f} s of storing "
+        f"at {STORE_BYTES_S / 1e6:.0f} MB/s"
+    )
+    _warn_if_shrunk(counts.items, counts.removed, before)
 
 
 def _than(before: ReleaseInfo | None) -> str:

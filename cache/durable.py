@@ -33,7 +33,12 @@ def rename_durably(source: Path, target: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Replace a small file in one step: a reader sees the old content or the new, also after a crash."""
+    """Replace a small file in one step: a reader sees the old content or the new, also after a crash.
+
+    For one writer at a time, who also deletes what a killed one has left beside it.
+    """
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink()
     with _replacing(path, content) as written:
         sync_path(written)
         rename_durably(written, path)

@@ -3,7 +3,7 @@
 The tower runs on padded batches of one fixed shape, so that a record does not depend on its neighbours. With a previous
 release of the same bundle only items whose encoded input changed go through it: of each block of 32,768 rows those that
 changed are batched together, and their padding is at most 255 rows. An `Engine` runs the tower: the threads of this
-process (`on_threads`), or a cluster (cache/on_ray.py).
+process (`on_threads`), or a cluster (cache/on_ray.py, on_spark.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cache.catalogue import Catalogue, open_catalogue
@@ -38,7 +40,8 @@ from cache.release import (
     read_release,
     seal_release,
 )
-from cache.snapshot import Snapshot, SnapshotWriter
+from cache.size import PRINT_BYTES
+from cache.snapshot import Snapshot, SnapshotWriter, file_bytes
 from kernel.plain import ItemLayout, item_layout
 from kernel.reference import mix
 from model.bundle import Bundle, open_bundle
@@ -46,6 +49,7 @@ from model.folders import replacing_folder
 from model.tower import EMBED_BATCH, Tower
 
 FINGERPRINT = "splitmix64-1"  # names the function below: another one cannot reuse its values
+TIMED_BATCHES = 8  # of a thread, that tell how long embedding will take
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +136,34 @@ class Block:
         Any
     ]  # of the m items to embed: features (m, width) int32; after the tower records (m, size) float32
 
+    def to_table(self) -> pa.Table:
+        """One row of octets, which no cluster cuts or converts."""
+        octets: dict[str, NDArray[Any]] = {"prints": self.prints, "rows": self.rows, "values": self.values}
+        return pa.table(
+            {
+                "start": [self.start],
+                "known": [self.known],
+                "width": [self.values.shape[1]],
+                **{name: pa.array([array.tobytes()], pa.large_binary()) for name, array in octets.items()},
+            }
+        )
+
+    @classmethod
+    def from_table(cls, table: pa.Table, values: type[Any]) -> Self:
+        """The block of such a row, with `values` of that type."""
+
+        def array(name: str, dtype: Any) -> NDArray[Any]:
+            return np.frombuffer(table[name][0].as_buffer(), dtype)
+
+        start, known, width = (table[name][0].as_py() for name in ("start", "known", "width"))
+        return cls(
+            start=start,
+            prints=array("prints", np.uint64),
+            rows=array("rows", np.int32),
+            known=known,
+            values=array("values", values).reshape(-1, width),
+        )
+
 
 Engine = Callable[[Bundle, Catalogue, Previous | None], Iterator[Block]]  # every block once, in order, with records
 
@@ -144,6 +176,15 @@ def compare(catalogue: Catalogue, previous: Previous | None, groups: range | Non
         rows, known = (np.full(len(ids), -1, np.int32), 0) if previous is None else previous.rows(ids, prints)
         yield Block(start=start, prints=prints, rows=rows, known=known, values=features[rows < 0])
         start += len(ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What publishing would do."""
+
+    counts: Counts
+    size_bytes: int  # of the release; that of an index to within 1 KB
+    embed_s: float  # on the threads of this process, by the time that some of the items take
 
 
 def _nothing_yet(previous: Previous | None) -> Counts:
@@ -164,21 +205,52 @@ def plan_release(
     bundle: Path,
     items: Path,
     *,
+    index: str = "none",
     dtype: str = "f32",
     users: Path | None = None,
     previous: Path | None = None,
     id_column: str | None = None,
+    workers: int | None = None,
     progress: Progress = no_progress,
-) -> Counts:
-    """What `build_release` would embed, reuse and drop; writes nothing."""
+) -> Plan:
+    """What `build_release` would embed, reuse and drop, how large and how long; writes nothing.
+
+    Raises what `build_release` does of the same arguments before it embeds.
+    """
     opened = open_bundle(bundle)
+    kind = index_kind(index, opened.head)
     catalogue = open_catalogue(items, opened.spec, id_column)
-    _, before = _choose(opened, catalogue, dtype, users, previous)
+    precision, before = _choose(opened, catalogue, dtype, users, previous)
     counts = _nothing_yet(before)
     for block in compare(catalogue, before):
         counts = _with(counts, block)
         progress("compare", counts.items, len(catalogue))
-    return counts
+    size_bytes = _release_bytes(opened, catalogue, item_layout(opened.head, precision.dtype), kind)
+    embed_s = counts.embedded * _item_s(opened, catalogue, workers) if counts.embedded else 0.0
+    return Plan(counts=counts, size_bytes=size_bytes, embed_s=embed_s)
+
+
+def _release_bytes(bundle: Bundle, catalogue: Catalogue, layout: ItemLayout, kind: IndexKind) -> int:
+    """Bytes of the files that `build_release` would make of them."""
+    count, id_type = len(catalogue), bundle.spec.item_id_type
+    text_bytes = pc.sum(pc.binary_length(catalogue.ids)).as_py() or 0 if id_type == "string" else 0
+    size = file_bytes(count, layout.stride, id_type, text_bytes) + PRINT_BYTES * count
+    if kind is not IndexKind.NONE:
+        from cache.index import index_bytes  # FAISS comes into memory only where an index is asked for
+
+        size += index_bytes(bundle.head, kind, count)
+    return size + sum((bundle.folder / name).stat().st_size for name in ("manifest.json", *bundle.files))
+
+
+def _item_s(bundle: Bundle, catalogue: Catalogue, workers: int | None) -> float:
+    """Seconds that an item's embedding takes on so many threads, by some of the items."""
+    count, tower = workers or os.cpu_count() or 1, bundle.item_tower()
+    features = catalogue.sample(count * TIMED_BATCHES * EMBED_BATCH, seed=0)
+    with ThreadPoolExecutor(count) as pool:
+        run_parallel(tower, pool, count, features)  # warm
+        started = time.perf_counter()
+        run_parallel(tower, pool, count, features)
+        return (time.perf_counter() - started) / len(features)
 
 
 def build_release(

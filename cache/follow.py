@@ -76,6 +76,7 @@ class _Followed:
     written: int = 0  # watermark of the overlay
     seen: int = 0  # up to which change there are records in the log, whether they follow or not
     letters: int = 0
+    counted: int = 0  # the last change that a counted letter is of
     sights: deque[tuple[int, float]] = field(default_factory=deque)  # an end of `changes`, when it was seen first
     rest_until_s: float = 0.0
 
@@ -105,7 +106,7 @@ class Follower:
         if at.fold.watermark > at.written:
             path = self._write(at, cache_dir)
             at.written = at.fold.watermark
-        at.letters += _count_dead(at)
+        _count_dead(at)
         at.told = Newer(overlay=path, behind_since_s=_behind_since(at), dead=at.letters)
         end_s = monotonic()
         at.rest_until_s = end_s + REST * (end_s - start_s)
@@ -132,6 +133,7 @@ class Follower:
             dead=_Reader(self._open_log(DEAD)),
             changes=self._open_log(CHANGES),
             written=release.watermark,
+            counted=release.watermark,
         )
 
     def _write(self, at: _Followed, cache_dir: Path) -> Path:
@@ -233,6 +235,9 @@ def _behind_since(at: _Followed) -> float | None:
     return at.sights[0][1] if at.sights else None
 
 
-def _count_dead(at: _Followed) -> int:
-    letters = (letter for entry in at.dead.new() for letter in decode_dead(entry))
-    return sum(letter.bundle_id == at.bundle_id and letter.position > at.watermark for letter in letters)
+def _count_dead(at: _Followed) -> None:
+    """Each change once, though two updaters tell of it: who tells of one has told of all before, or found them told."""
+    for entry in at.dead.new():
+        positions = [letter.position for letter in decode_dead(entry) if letter.bundle_id == at.bundle_id]
+        at.letters += sum(position > at.counted for position in positions)
+        at.counted = max(at.counted, *positions) if positions else at.counted

@@ -17,12 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from cache.catalogue import Catalogue
@@ -93,7 +91,7 @@ def _rows(records: Dataset) -> Iterator[Block]:
     """Blocks as they come. Raises what a task raised as if it had been raised here."""
     try:
         for batch in records.iter_batches(batch_size=1, batch_format="pyarrow"):
-            yield from_table(batch, np.float32)
+            yield Block.from_table(batch, np.float32)
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, RankTowerError):
             raise error.cause from None
@@ -109,7 +107,7 @@ def read_blocks(
     """Blocks of the row groups that the one row of `part` names."""
     groups = range(part["first"][0].as_py(), part["end"][0].as_py())
     for block in compare(ray.get(catalogue), open_previous(previous, bundle_id), groups):
-        yield to_table(block)
+        yield block.to_table()
 
 
 class Embedder:
@@ -122,35 +120,8 @@ class Embedder:
             self._tower = Tower(path, threads=1)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        block = from_table(table, np.int32)
-        return to_table(replace(block, values=self._tower.embed(block.values)))
-
-
-def to_table(block: Block) -> pa.Table:
-    """A block as one row of octets, which Ray neither cuts nor converts."""
-    octets: dict[str, NDArray[Any]] = {"prints": block.prints, "rows": block.rows, "values": block.values}
-    return pa.table(
-        {
-            "start": [block.start],
-            "known": [block.known],
-            "width": [block.values.shape[1]],
-            **{name: pa.array([array.tobytes()], pa.large_binary()) for name, array in octets.items()},
-        }
-    )
-
-
-def from_table(table: pa.Table, values: type[Any]) -> Block:
-    def array(name: str, dtype: Any) -> NDArray[Any]:
-        return np.frombuffer(table[name][0].as_buffer(), dtype)
-
-    start, known, width = (table[name][0].as_py() for name in ("start", "known", "width"))
-    return Block(
-        start=start,
-        prints=array("prints", np.uint64),
-        rows=array("rows", np.int32),
-        known=known,
-        values=array("values", values).reshape(-1, width),
-    )
+        block = Block.from_table(table, np.int32)
+        return replace(block, values=self._tower.embed(block.values)).to_table()
 
 
 # --- the connection --------------------------------------------------------------------------------------------------

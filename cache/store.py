@@ -36,6 +36,7 @@ class ReleaseInfo:
     damage: str | None = None  # why its manifest cannot be read; then all but name and `current` is empty
     watermark: int = 0  # up to where it contains the log of changes
     dtype: str = "f32"  # of its records
+    index: str = "none"
 
     @classmethod
     def of(cls, release: Release, current: str | None) -> ReleaseInfo:
@@ -49,6 +50,7 @@ class ReleaseInfo:
             current=release.id == current,
             watermark=release.watermark,
             dtype=release.report.get("precision", {}).get("dtype", "f32"),
+            index=release.index,
         )
 
     @classmethod

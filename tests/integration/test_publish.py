@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -347,11 +348,29 @@ def test_a_catalogue_that_lost_most_of_its_items_is_warned_of(shop: Shop, url: s
     warning = f"warning: 399 of the 400 items of {first} are gone"
     planned = run(*arguments, "--dry-run")
     assert "would publish 1 items, 400 before: 1 to embed, 0 unchanged; nothing was written" in planned
+    assert re.search(
+        rf"the release would be [\d,]+ bytes, .* sent to {re.escape(open_store(url).url)}: about ", planned
+    )
     assert warning in planned
     said = run(*arguments)
     assert "1 items, 400 before (1 embedded), " in said
     assert warning in said
     assert "warning" not in publish(shop, url), "a catalogue may grow"
+
+
+def test_a_release_that_loses_the_index_is_warned_of(shop: Shop, url: str) -> None:
+    publish(shop, url)
+    assert "warning" not in publish(shop, url, "--index", "flat")
+    indexed = open_store(url).current()
+    warning = f"warning: the current release {indexed} has the index flat, this one will have none"
+    assert warning in publish(shop, url, "--dry-run")
+    result = CliRunner().invoke(
+        app, ["publish", "--bundle", f"{shop.bundle}", "--items", f"{shop.items}", "--store", url]
+    )
+    assert warning in result.stderr
+    assert warning not in result.stdout
+    publish(shop, url, "--index", "flat")
+    assert "warning" not in publish(shop, url, "--index", "none"), "it was meant"
 
 
 def test_a_damaged_release_does_not_hide_the_others(

@@ -26,6 +26,7 @@ from cache.changes import CHANGES, DEAD, Deleted, Embedded, Upserted, decode_dea
 from cache.cli import app
 from cache.errors import StoreError
 from cache.file_store import FileStore
+from cache.follow import Follower
 from cache.intake import append_deletes, append_items, item_rows
 from cache.release import BUNDLE, ITEMS
 from cache.store import ReleaseStore, open_store
@@ -306,6 +307,32 @@ def appended(store: ReleaseStore, table: pa.Table, tmp_path: Path) -> None:
 def dead(store: ReleaseStore) -> list[tuple[Any, str]]:
     letters = [letter for entry in store.log(DEAD).read(0, 99) for letter in decode_dead(entry)]
     return [(letter.id, letter.reason) for letter in letters]
+
+
+def test_what_two_updaters_find_dead_counts_once(
+    plain: Shop, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.follow.REST", 0.0)
+    store, table = open_store(url), pq.read_table(plain.items)
+    publish(store, plain.bundle, plain.items)
+    release = store.fetch(store.current() or "", tmp_path / "cache")
+    follower = Follower(store.log)
+    with Updater(store, tmp_path / "one") as one, Updater(store, tmp_path / "other") as other:
+        one.look()
+        other.look()
+        for rows, counted in (([7, 31], 2), ([3], 3)):
+            appended(store, with_price(table.slice(0, 50), rows, np.inf), tmp_path)
+            for updater in (one, other):
+                assert updater.step() == 50
+                assert follower.bring(release, tmp_path / "cache").dead == counted
+        appended(store, with_price(table.slice(0, 50), [1], np.inf), tmp_path)
+        one.step()
+        appended(store, with_price(table.slice(0, 50), [2], np.inf), tmp_path)
+        other.step()  # both at once
+        assert follower.bring(release, tmp_path / "cache").dead == 5
+    assert len(dead(store)) == 2 * 3 + 1 + 2
+    assert Follower(store.log).bring(release, tmp_path / "cache").dead == 5
+    follower.close()
 
 
 def test_rows_with_wrong_values_are_dead_one_by_one(plain: Shop, url: str, tmp_path: Path) -> None:

@@ -86,3 +86,10 @@ def test_a_folder_is_held_as_long_as_its_holder_lives(tmp_path: Path) -> None:
         assert is_held(tmp_path)
     assert not is_held(tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    (tmp_path / ".current.k1lled_").write_bytes(b"ha")
+    (tmp_path / ".currently").write_bytes(b"another's")
+    write_durably(tmp_path / "current", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".currently", "current"]

@@ -115,8 +115,25 @@ def test_only_what_changed_is_embedded_again_and_the_result_is_the_same(
     assert (partly / INPUTS).read_bytes() == (whole / INPUTS).read_bytes()
     report = read_release(partly).report
     assert (report["embedded"], report["reused"], report["removed"]) == (11, 685, 5)
-    plan = plan_release(shop.bundle, items, previous=first)
+    plan = plan_release(shop.bundle, items, previous=first).counts
     assert (plan.items, plan.embedded, plan.reused, plan.removed) == (696, 11, 685, 5)
+
+
+@pytest.mark.parametrize("index", ["none", "flat"])
+@pytest.mark.parametrize("string_ids", [False, True])
+def test_a_plan_knows_the_bytes_of_the_release(tmp_path: Path, string_ids: bool, index: str) -> None:
+    shop = open_shop(tmp_path / "shop", string_ids=string_ids)
+    plan = plan_release(shop.bundle, shop.items, dtype="int8", index=index, workers=1)
+    made = read_release(build_release(shop.bundle, shop.items, tmp_path / "made", dtype="int8", index=index))
+    assert 0 <= made.size_bytes - plan.size_bytes <= (1_000 if index == "flat" else 0)
+    assert plan.embed_s > 0
+    again = plan_release(shop.bundle, shop.items, dtype="int8", previous=tmp_path / "made")
+    assert (again.counts.embedded, again.embed_s) == (0, 0.0)
+
+
+def test_a_plan_finds_an_index_that_cannot_be(plain: Shop, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="hnsw"):
+        plan_release(plain.bundle, plain.items, index="hnsw")
 
 
 def test_records_of_another_bundle_are_not_used(plain: Shop, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ ONE_DOOR = {  # third-party engine: where alone it may be imported
     "locust": ("loadtest/",),
     "lightgbm": ("model/teacher.py",),
     "ray": ("cache/on_ray.py",),
+    "pyspark": ("cache/on_spark.py",),
 }
 TORCH_ROOMS = tuple(
     f"model/{room}.py"

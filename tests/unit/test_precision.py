@@ -83,7 +83,7 @@ def test_records_are_used_again_only_in_the_same_type(shop: Shop, tmp_path: Path
     again = build_release(shop.bundle, shop.items, tmp_path / "again", dtype="int8", previous=before)
     assert read_release(again).report["reused"] == 400
     assert (again / ITEMS).read_bytes() == (before / ITEMS).read_bytes()
-    assert plan_release(shop.bundle, shop.items, dtype="f16", previous=before).reused == 0
+    assert plan_release(shop.bundle, shop.items, dtype="f16", previous=before).counts.reused == 0
 
 
 def test_changed_items_are_packed_beside_those_that_stay(shop: Shop, tmp_path: Path) -> None:

@@ -134,16 +134,13 @@ def publish(
     from cache.embed import build_release
 
     target, embedding = open_store(store), _engine(engine, workers, ray_address, spark_master)
-    before, kind = _current(target), index or IndexKind.NONE
-    if index is None:
-        _warn_of_lost_index(before)
+    kind = _wanted_index(index, before := _current(target))
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
         contained = watermark_of(target, items, watermark)
         if dry_run:
-            table = _published_users(target, bundle, cache)
             wanted = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column, "workers": workers}
-            _plan(target, bundle, items, table, before, progress=report, **wanted)
+            _plan(target, bundle, items, before, cache, progress=report, **wanted)
             return
         target.check_writable()
         order = _order(bundle, items, [kind, dtype, id_column, str(log), previous and before and before.id, watermark])
@@ -497,23 +494,24 @@ def _current(store: ReleaseStore) -> ReleaseInfo | None:
     return next((info for info in store.list() if info.current), None)
 
 
-def _warn_of_lost_index(before: ReleaseInfo | None) -> None:
-    """Where no index was asked for, and the current release has one."""
-    if before is not None and before.index != IndexKind.NONE:
+def _wanted_index(given: IndexKind | None, before: ReleaseInfo | None) -> IndexKind:
+    """None where nothing is said, with a warning where the current release has one."""
+    if given is None and before is not None and before.index != IndexKind.NONE:
         warnings.print(
             f"warning: the current release {before.id} has the index {before.index}, this one will have none, and "
             f"without one /v1/retrieve answers nothing: give --index {before.index}, or --index none if that is meant"
         )
+    return given or IndexKind.NONE
 
 
 def _plan(
-    store: ReleaseStore, bundle: Path, items: Path, users: Path | None, before: ReleaseInfo | None, **options: Any
+    store: ReleaseStore, bundle: Path, items: Path, before: ReleaseInfo | None, cache: Path, **options: Any
 ) -> None:
     """Say what publishing would do."""
     from cache.embed import plan_release
     from cache.size import STORE_BYTES_S
 
-    plan = plan_release(bundle, items, users=users, **options)
+    plan = plan_release(bundle, items, users=_published_users(store, bundle, cache), **options)
     counts = plan.counts
     removed = f", {counts.removed:,} removed" if options["previous"] else ""
     console.print(

@@ -161,7 +161,7 @@ def publish(
                     engine=embedding,
                     progress=report,
                 )
-            sent = _send(target, built, report)
+            sent = _send(target, built, report, owned=True)
             _catch_up(target, sent.release, cache, report)
             version = target.publish_users(table, for_users(report)) if table else None
             if activate:
@@ -554,9 +554,9 @@ def _was_built(built: Path) -> bool:
     return built.is_dir()
 
 
-def _send(store: ReleaseStore, folder: Path, report: Report) -> Sent:
+def _send(store: ReleaseStore, folder: Path, report: Report, *, owned: bool = False) -> Sent:
     started = time.perf_counter()
-    store.publish(folder, report)
+    store.publish(folder, report, owned=owned)
     return Sent(release=read_release(folder), seconds=time.perf_counter() - started)
 
 

@@ -77,7 +77,7 @@ class Course:
 
 
 COURSES = {
-    "full": Course(swaps=50, back_every=5, candidates=5_000, requests=200, closed=2_000),
+    "full": Course(swaps=50, back_every=10, candidates=5_000, requests=200, closed=2_000),
     "tiny": Course(swaps=3, back_every=3, candidates=200, requests=20, closed=100),
 }
 

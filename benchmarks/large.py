@@ -165,6 +165,7 @@ class Served:
                 answer = line.ask(request_bytes(body))
                 refuse_failure(answer)
                 referee.check(f"the replica of {plan.items:,} items", body, json_items(answer.body), stored)
+        self.made.__dict__.pop("snapshot")  # mapped here no longer, so that PSS is the replica's
 
 
 def serve(made: Sequence[Made], rounds: int, candidates: int, report: Report) -> list[dict[str, Any]]:
@@ -212,16 +213,16 @@ def memory_row(replica: Served) -> dict[str, Any]:
         "ready_s": replica.ready_s,
         "table_mib": share.table_size / MIB,
         "table_rss_mib": share.table_rss / MIB,
-        "huge": huge_share(replica.pid),
+        "huge": huge_bytes(replica.pid) / max(share.table_rss, 1),
         "rss_mib": share.whole_rss / MIB,
         "pss_mib": share.whole_pss / MIB,
     }
 
 
-def huge_share(pid: int) -> float:
-    """Share of what a process maps of files, in memory, that lies in huge pages."""
+def huge_bytes(pid: int) -> int:
+    """What a process maps of files in huge pages."""
     found = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return int(found["FilePmdMapped"].split()[0]) / max(int(found["Pss_File"].split()[0]), 1)
+    return int(found["FilePmdMapped"].split()[0]) * 1024
 
 
 def latency_rows(sizes: Sequence[int], timings: Sequence[Sequence[Timings]]) -> list[dict[str, Any]]:
@@ -279,6 +280,7 @@ COLUMNS = {
         "requests": "requests",
         "p50_us": "p50 us",
         "p99_us": "p99 us",
+        "queue_us": "queue",
         "decode_us": "decode",
         "encode_us": "encode",
         "user_us": "user",

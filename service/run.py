@@ -20,7 +20,7 @@ from service.supervisor import Worker, serve_workers
 BACKLOG = 2048  # connections that the kernel keeps for us
 STOP_WITHIN_S = 10  # for requests that are still at work when the server stops
 IDLE_S = 75  # a connection without requests: longer than balancers keep theirs (60 s), so that they close first
-SWITCH_S = 0.0005  # a thread that opens a release gives the interpreter back after so long: ten times sooner than usual
+SWITCH_S = 0.0001  # a thread that opens a release gives the interpreter back so soon: usually fifty times later
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 log = logging.getLogger(__name__)

@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
+from cache.aside import fetch_aside
 from cache.mirror import MirrorStore
 from cache.store import ReadableStore, open_store
 from kernel import engine
@@ -58,7 +59,10 @@ log = logging.getLogger(__name__)
 class Service:
     """What the routes of one process share."""
 
-    def __init__(self, settings: Settings, store: ReadableStore) -> None:
+    def __init__(self, settings: Settings, store: ReadableStore | None) -> None:
+        """store: what the settings name, where none is given."""
+        aside = partial(fetch_aside, settings.store, settings.huge_pages) if store is None else None
+        store = store or open_store(settings.store)
         self.settings = settings
         self.telemetry = Telemetry()
         self.limits = Limits(max_candidates=settings.max_candidates, max_batch=settings.max_batch)
@@ -71,6 +75,7 @@ class Service:
             user_cache=self._user_cache(),
             refresh_s=settings.refresh_s,
             huge_pages=settings.huge_pages,
+            aside=aside,
             on_swap=self._announce,
             on_rollout=self._announce_rollout,
             on_failure=self.telemetry.refresh_failures.inc,
@@ -358,7 +363,7 @@ def create_app(settings: Settings, store: ReadableStore | None = None) -> FastAP
     asks, belongs in front of the service, not in a middleware here.
     """
     log.info("kernel level %s", settings.choose_kernel())
-    service = Service(settings, store or open_store(settings.store))
+    service = Service(settings, store)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:

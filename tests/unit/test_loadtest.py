@@ -16,7 +16,7 @@ import pytest
 from loadtest import slo
 from loadtest.corpus import Sample, Traffic, build_corpus, candidate_counts, fetch_sample, user_picks
 from loadtest.errors import LoadTestError, ObjectiveError, SampleError, ServingError
-from loadtest.open_loop import Limits, Schedule, invalid, run_open_loop
+from loadtest.open_loop import Exchange, Limits, Schedule, invalid, run_open_loop
 from loadtest.report import (
     Report,
     Row,
@@ -278,6 +278,25 @@ def test_an_absent_service_is_a_failure_of_every_request_and_an_invalid_run() ->
     report = run_open_loop(url, BODIES, Schedule(rate=50, seconds=0.1), release="r1")
     assert sum(report.failures.values()) == 5
     assert invalid(report) is not None
+
+
+def test_an_open_loop_tells_of_every_request_until_that_is_enough() -> None:
+    heard: list[Exchange] = []
+    with fake_service() as url:
+        report = run_open_loop(
+            url,
+            BODIES[:3],
+            Schedule(rate=100, seconds=60, arrivals="even"),
+            release="r1",
+            hear=heard.append,
+            enough=lambda: len(heard) >= 10,
+        )
+    assert len(heard) >= 10
+    assert sorted(heard, key=lambda one: one.intended_at_s)[4].number == 1
+    assert all(one.answer is not None and one.answer.status == 200 for one in heard)
+    assert all(0 <= one.lag_ms <= one.latency_ms for one in heard)
+    assert report.target_rate == pytest.approx(100, rel=0.01)
+    assert report.seconds < 30
 
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1:1", "http://127.0.0.1:1/path", "127.0.0.1:1"])

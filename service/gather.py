@@ -86,8 +86,8 @@ class Gatherer:
 
     # --- answers
 
-    async def rank(self, body: bytes, permit: Permit, clock: StageClock) -> bytes:
-        """The body of `POST /v1/rank`. Raises RequestError; ShardsMissing where what is left may not be answered."""
+    async def rank(self, body: bytes, permit: Permit, clock: StageClock) -> tuple[bytes, str]:
+        """The body of `POST /v1/rank`, and its bundle. Raises RequestError; ShardsMissing where too little is left."""
         held = self._bundle()
         request = decoders(held.user_ids, held.item_ids).rank(body)
         check_candidates(request, self._limits, "")
@@ -103,7 +103,7 @@ class Gatherer:
         ranking = merge_ranked(gathered, ids, request)
         return self._encode(gathered, ranking, clock)
 
-    async def retrieve(self, body: bytes, permit: Permit, clock: StageClock) -> bytes:
+    async def retrieve(self, body: bytes, permit: Permit, clock: StageClock) -> tuple[bytes, str]:
         """The body of `POST /v1/retrieve`, in the same way: every shard searches."""
         held = self._bundle()
         request = decoders(held.user_ids, held.item_ids).retrieve(body)
@@ -114,12 +114,12 @@ class Gatherer:
         clock.lap("score")
         return self._encode(gathered, merge_retrieved(gathered, request.k), clock)
 
-    def _encode(self, gathered: Gathered, ranking: Ranking, clock: StageClock) -> bytes:
+    def _encode(self, gathered: Gathered, ranking: Ranking, clock: StageClock) -> tuple[bytes, str]:
         clock.lap("topk")
         short = ranking.scored + len(ranking.missing) < ranking.candidates
         body = encode_ranking(ranking, {"partial": bool(gathered.failures) or short, "shards": told(gathered)})
         clock.lap("respond")
-        return body
+        return body, gathered.bundle
 
     def _bundle(self) -> Held:
         held = choose_bundle(self.held)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import logging.config
 import signal
 from threading import Event
 from time import perf_counter_ns
@@ -30,11 +31,16 @@ from service.errors import NotReady
 from service.gather import Gatherer, choose_bundle
 from service.media import check_encoding, form_of
 from service.problems import KINDS, problem, problem_of
+from service.run import log_config
 from service.settings import GatherSettings
 from service.shard import Held, Outcome, ShardReplica
 from service.telemetry import StageClock
 
 APP = "ranktower"
+ONE_LOOP = {  # without threads between Ray's event loop and ours, nor between handles and it: neither is ever held up
+    "env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+}
+QUIET = {"enable_access_log": False}
 ROUTES = {"/v1/rank": "POST", "/v1/retrieve": "POST", "/livez": "GET", "/readyz": "GET"}
 
 log = logging.getLogger(__name__)
@@ -144,18 +150,24 @@ def application(settings: GatherSettings) -> Application:
             name=f"shard-{number}",
             num_replicas=settings.replicas,
             max_ongoing_requests=settings.max_queue,
-            ray_actor_options={"num_cpus": settings.replica_cpus},
             health_check_period_s=1.0,
+            ray_actor_options={"num_cpus": settings.replica_cpus, "runtime_env": ONE_LOOP},
+            logging_config=QUIET,
         )
         shards.append(deployment.bind(settings.model_copy(update={"store": shard_url(settings.store, shard)})))
     ingress = serve.deployment(
-        Ingress, name="ingress", max_ongoing_requests=settings.max_queue, ray_actor_options={"num_cpus": 0}
+        Ingress,
+        name="ingress",
+        max_ongoing_requests=settings.max_queue,
+        ray_actor_options={"num_cpus": 0, "runtime_env": ONE_LOOP},
+        logging_config=QUIET,
     )
     return ingress.bind(settings, *shards)
 
 
 def run(settings: GatherSettings) -> None:
     """Deploy, and serve until SIGTERM or Ctrl-C. Raises StoreError where there is no such cluster."""
+    logging.config.dictConfig(log_config(settings.log_level))
     with connected(settings.ray_address or None):
         stopping = Event()
         for number in (signal.SIGTERM, signal.SIGINT):

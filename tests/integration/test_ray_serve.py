@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -17,6 +18,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from benchmarks.processes import python, server
 from loadtest.serving import free_port
 from service.ray_serve import APP, application
 from service.settings import GatherSettings
@@ -41,8 +43,8 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cut]:
 def http(cut: Cut) -> Iterator[httpx.Client]:
     port = free_port()
     settings = GatherSettings(
-        **cut.settings(0).model_dump(exclude={"store", "port"}),
-        **{"store": cut.url, "port": port, "shards": COUNT, "replica_cpus": 0, "deadline_ms": 20_000},
+        **cut.settings(0).model_dump(exclude={"store", "port", "max_candidates"}),
+        **{"store": cut.url, "port": port, "shards": COUNT, "deadline_ms": 20_000, "max_candidates": 80_000},
     )
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 2, "include_dashboard": False})
     try:
@@ -92,7 +94,7 @@ def test_the_answer_is_that_of_one_service(whole: httpx.Client, cut: Cut, body: 
 
 def test_many_candidates_go_through_rays_shared_memory(whole: httpx.Client, cut: Cut) -> None:
     """Where arrays cannot be written to."""
-    body = {"candidates": (cut.ids * 67)[:20_000], "top_k": 20_000}
+    body = {"candidates": (cut.ids * 267)[:80_000], "top_k": 10}  # 160 kB and more a shard
     assert same(whole.post("/v1/rank", json=body).json(), alone(cut.whole, body))
 
 
@@ -160,7 +162,18 @@ def test_a_shard_that_hangs_does_not_hold_up_the_answer(whole: httpx.Client, cut
     eventually(lambda: whole.post("/v1/rank", json=body).json()["partial"] is False)
 
 
-def test_shards_are_swapped_one_after_the_other(whole: httpx.Client, cut: Cut, tmp_path: Any) -> None:
+def test_the_command_serves_until_it_is_told_to_stop(cut: Cut) -> None:
+    """In a Ray of its own, beside that of the other tests."""
+    port, body = free_port(), {"candidates": cut.ids, "top_k": 10}
+    flags = ["--store", cut.url, "--shards", str(COUNT), "--no-partial", "--port", str(port)]
+    with server([*python("service.cli", "gather"), *flags], port, None, ready=b"/readyz"):
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/rank", json=body, timeout=TIMEOUT_S)
+    assert same(answer.json(), alone(cut.whole, body))
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/livez")
+
+
+def test_shards_are_swapped_one_after_the_other(whole: httpx.Client, cut: Cut, tmp_path: Path) -> None:
     """No answer mixes bundles, and none lacks a shard. The last test: it leaves another bundle."""
     other = open_shop(tmp_path / "other", items=ITEMS, seed=1)
     body, seen = {"candidates": cut.ids, "top_k": ITEMS}, []

@@ -79,7 +79,7 @@ def gather(
     replica_cpus: Annotated[float | None, typer.Option(help="Processors that Ray keeps for each replica.")] = None,
     deadline_ms: Annotated[int | None, typer.Option(help="Of requests without one.")] = None,
     partial: Annotated[bool | None, typer.Option(help="Answer without shards that are late or dead.")] = None,
-    ray_address: Annotated[str | None, typer.Option(help="host:port of the cluster that this node is part of.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="host:port of a Ray cluster; local: one of its own.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, on every node with a replica.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Folder, on each node, for what a remote store sends.")] = None,

@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 from ray import serve
 from ray.serve import Application
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,7 +28,7 @@ from cache.shards import Shard, shard_url
 from service.admission import Permit
 from service.answers import JSON, Limits, answer_retrieve
 from service.app import read_body
-from service.errors import NotReady
+from service.errors import NotReady, SettingsError
 from service.gather import Gatherer, choose_bundle
 from service.media import check_encoding, form_of
 from service.problems import KINDS, problem, problem_of
@@ -166,14 +167,32 @@ def application(settings: GatherSettings) -> Application:
 
 
 def run(settings: GatherSettings) -> None:
-    """Deploy, and serve until SIGTERM or Ctrl-C. Raises StoreError where there is no such cluster."""
+    """Deploy, and serve until SIGTERM or Ctrl-C. Raises StoreError where there is no such cluster, SettingsError where
+    Ray Serve has this application, or another port, already."""
     logging.config.dictConfig(log_config(settings.log_level))
-    with connected(settings.ray_address or None):
+    with connected(settings.ray_address):
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        _check_free(settings)
         stopping = Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.set())
-        serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(application(settings), name=APP, route_prefix="/")
         log.info("RankTower gathers %d shards of %s at %s", settings.shards, settings.store, settings.url)
         stopping.wait()
         serve.delete(APP)
+
+
+def _check_free(settings: GatherSettings) -> None:
+    if APP in serve.status().applications:
+        raise SettingsError(
+            f"Ray Serve at {settings.ray_address} runs an application {APP} already",
+            field="ray_address",
+            remedy="end the other `ranktower gather` first",
+        )
+    port = _get_global_client().http_config.port  # Serve that runs already keeps its own, and only logs it
+    if port != settings.port:
+        raise SettingsError(
+            f"Ray Serve at {settings.ray_address} listens on port {port}, not {settings.port}",
+            field="port",
+            remedy=f"give --port {port}, or shut Ray Serve down first",
+        )

@@ -92,7 +92,10 @@ class GatherSettings(Settings):
     replica_cpus: float = Field(default=0.0, ge=0, description="Processors that Ray keeps for a replica of a shard.")
     deadline_ms: int = Field(default=1000, ge=1, le=3_600_000, description="deadline_ms of requests without one.")
     partial: bool = Field(default=True, description="Answer from the shards that answer; else such a request gets 503.")
-    ray_address: str = Field(default="", description="host:port of the Ray cluster that this node is part of.")
+    ray_address: str = Field(
+        default="local",
+        description="host:port of the Ray cluster that this node is part of; local starts one of this machine alone.",
+    )
 
 
 def unknown_variables() -> list[tuple[str, str]]:

@@ -20,7 +20,8 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.processes import python, server
 from loadtest.serving import free_port
-from service.ray_serve import APP, application
+from service.errors import SettingsError
+from service.ray_serve import APP, application, run
 from service.settings import GatherSettings
 from tests.catalogues import open_shop
 from tests.cuts import COUNT, ITEMS, Cut, alone, same
@@ -171,6 +172,13 @@ def test_the_command_serves_until_it_is_told_to_stop(cut: Cut) -> None:
     assert same(answer.json(), alone(cut.whole, body))
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/livez")
+
+
+def test_what_runs_on_a_cluster_already_is_left_alone(whole: httpx.Client, cut: Cut) -> None:
+    settings = GatherSettings(store=cut.url, port=free_port())
+    with pytest.raises(SettingsError, match="runs an application ranktower already"):
+        run(settings)
+    assert whole.post("/v1/rank", json={"candidates": cut.ids}).status_code == 200
 
 
 def test_shards_are_swapped_one_after_the_other(whole: httpx.Client, cut: Cut, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from service.answers import Limits
 from service.errors import DeadlineExceeded, NotReady, RequestError, RetrievalOff, ShardsMissing
 from service.gather import Gatherer, choose_bundle, split
 from service.ranker import Ranker
+from service.schema import GatheredAnswer
 from service.settings import Settings
 from service.shard import Held, Outcome, ShardReplica
 from service.telemetry import StageClock
@@ -83,7 +84,9 @@ def ask(gather: Gatherer, body: dict[str, Any], verb: str = "rank") -> dict[str,
         )
         return found
 
-    found: dict[str, Any] = orjson.loads(asyncio.run(answer())[0])
+    content = asyncio.run(answer())[0]
+    GatheredAnswer.model_validate_json(content)
+    found: dict[str, Any] = orjson.loads(content)
     return found
 
 

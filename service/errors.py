@@ -12,8 +12,7 @@ ServiceError                  carries `field` and `remedy` beside its message
     ChangeRefused             what is live cannot be changed as an admin call asks
     StoreFailed               the store did not do what an admin call asked
     Busy                      the queue is full
-    NotReady                  no release is loaded yet, or the service is going away
-    ShardsMissing             too few shards of the catalogue answered
+    NotReady                  no release is loaded yet, or too few shards answer, or the service is going away
     ReleaseError              a release that does not fit together: the old one serves on
     SettingsError             a setting cannot be used
 """
@@ -84,10 +83,6 @@ class Busy(ServiceError):
 
 class NotReady(ServiceError):
     """There is no release to answer from."""
-
-
-class ShardsMissing(ServiceError):
-    """None of the shards that hold candidates answered, or some did not and an answer must be whole."""
 
 
 class ReleaseError(ServiceError):

@@ -22,7 +22,7 @@ from cache.shards import shards_of
 from kernel.ids import Ids, Texts
 from service.admission import Permit
 from service.answers import Limits, Rank, check_candidates, encode_ranking
-from service.errors import DeadlineExceeded, NotReady, RequestError, ShardsMissing
+from service.errors import DeadlineExceeded, NotReady, RequestError
 from service.ranker import Explanation, Ranking, unknown_items
 from service.shard import NO_IDS, Held, Outcome, Part, packed
 from service.telemetry import StageClock
@@ -87,7 +87,7 @@ class Gatherer:
     # --- answers
 
     async def rank(self, body: bytes, permit: Permit, clock: StageClock) -> tuple[bytes, str]:
-        """The body of `POST /v1/rank`, and its bundle. Raises RequestError; ShardsMissing where too little is left."""
+        """The body of `POST /v1/rank`, and its bundle. Raises RequestError; NotReady where too little is left."""
         held = self._bundle()
         request = decoders(held.user_ids, held.item_ids).rank(body)
         check_candidates(request, self._limits, "")
@@ -164,7 +164,7 @@ class Gatherer:
                     field="deadline_ms",
                     remedy="allow more time, send fewer candidates, or add replicas",
                 )
-            raise ShardsMissing(_sentence(failures), remedy="try again soon; see /readyz for how the shards are")
+            raise NotReady(_sentence(failures), remedy="try again soon; see /readyz for how the shards are")
         return Gathered(held.bundle, parts, failures, places)
 
     def _outcome(self, number: int, task: asyncio.Future[Outcome] | None, given_ms: int) -> Part | str:

@@ -22,7 +22,6 @@ from service.errors import (
     RequestError,
     RetrievalOff,
     ServiceError,
-    ShardsMissing,
     StoreFailed,
     Unauthorized,
     UnsupportedBody,
@@ -60,7 +59,6 @@ KINDS: dict[type[Exception], Kind] = {  # the nearest class of an error decides
     StoreFailed: Kind(503, f"{URN}store-failed", "The store did not do it"),
     Busy: Kind(429, f"{URN}busy", "Too many requests"),
     NotReady: Kind(503, f"{URN}not-ready", "Not ready"),
-    ShardsMissing: Kind(503, f"{URN}shards-missing", "Shards did not answer"),
     ClientDisconnect: GONE_AWAY,
     Exception: INTERNAL,
 }

@@ -17,7 +17,7 @@ from cache.file_store import FileStore
 from cache.shards import shards_of
 from service.admission import Permit
 from service.answers import Limits
-from service.errors import DeadlineExceeded, NotReady, RequestError, RetrievalOff, ShardsMissing
+from service.errors import DeadlineExceeded, NotReady, RequestError, RetrievalOff
 from service.gather import Gatherer, choose_bundle, split
 from service.ranker import Ranker
 from service.schema import GatheredAnswer
@@ -229,7 +229,7 @@ def test_retrieval_without_a_shard_says_so(cut: Cut) -> None:
 
 def test_where_answers_must_be_whole_a_missing_shard_is_an_error(cut: Cut) -> None:
     shards: list[Any] = [Faulty(cut.replicas[0], dies), *cut.replicas[1:]]
-    with pytest.raises(ShardsMissing, match="shard 0 failed"):
+    with pytest.raises(NotReady, match="shard 0 failed"):
         ask(gatherer(shards, partial=False), {"candidates": cut.ids})
     assert ask(gatherer(cut.replicas, partial=False), {"candidates": cut.ids})["partial"] is False
 
@@ -238,7 +238,7 @@ def test_without_any_shard_there_is_no_answer(cut: Cut) -> None:
     shards: list[Any] = [Faulty(replica, for_ever) for replica in cut.replicas]
     with pytest.raises(DeadlineExceeded, match="shard 0 did not answer within 50 ms; shard 1 "):
         ask(gatherer(shards), {"candidates": cut.ids, "deadline_ms": 50})
-    with pytest.raises(ShardsMissing):
+    with pytest.raises(NotReady):
         ask(gatherer(shards, deadline_ms=50), {"candidates": cut.ids})
     nobody: list[Any] = [None] * COUNT
     with pytest.raises(NotReady, match="none of 4 shards answers"):

@@ -174,7 +174,8 @@ class Gatherer:
         if not task.done():
             task.cancel()
             return f"{LATE} {given_ms} ms"
-        if (error := task.exception()) is not None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
             log.warning("shard %d failed, and is asked no more until it answers again: %r", number, error)
             self.held[number] = ()
             return "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from cache.intake import append_items
 from cache.release import ITEMS
 from cache.shards import Shard, read_shard, shard_url, shards_of
 from cache.snapshot import Snapshot
+from cache.store import open_store
 from kernel import engine
 from kernel.ids import Texts
 from kernel.reference import mix
 from model.errors import DataError
 from tests.catalogues import Shop, open_shop
+from tests.integration.test_publish import run
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["int", "string"])
@@ -149,3 +152,22 @@ def test_a_shard_is_read_from_its_number() -> None:
 )  # fmt: skip
 def test_a_shard_has_a_store_of_its_own(url: str, wanted: str) -> None:
     assert shard_url(url, Shard(2, 4)) == wanted
+
+
+def test_the_commands_publish_and_update_a_shard(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole, published, deleted = f"file://{tmp_path}/store", 0, 0
+    gone = ",".join(map(str, open_catalogue(shop.items, shop.spec).ids_from(0, 20)))
+    for number in range(2):
+        shard = ("--shard", f"{number}/2", "--store", whole)
+        assert run("publish", "--bundle", shop.bundle, "--items", shop.items, *shard, "--dry-run")
+        told = run("publish", "--bundle", shop.bundle, "--items", shop.items, *shard)
+        store = open_store(shard_url(whole, Shard(number, 2)))
+        (release,) = store.list()
+        published += release.count
+        assert f"{release.count} items" in told
+        count = int(re.findall(r"appended (\d+) deletions", run("update", "--delete-ids", gone, *shard))[0])
+        assert 0 < count < 20
+        deleted += count
+    assert (published, deleted) == (200, 20)
+    assert open_store(whole).list() == []

@@ -40,6 +40,7 @@ from cache.release import (
 )
 from cache.release import Progress as Report
 from cache.rollout import Audited, Change, Live, shares_told, told
+from cache.shards import Shard, read_shard, shard_url
 from cache.snapshot import Snapshot
 from cache.store import ReleaseInfo, ReleaseStore, open_store
 from cache.watermarks import check_change, check_watermark, trim_changes, watermark_of
@@ -85,6 +86,10 @@ IdColumn = Annotated[str | None, typer.Option(help="Column of the item ids, if n
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads, or actors, that run the item tower; as many as processors.")
 ]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", help="As 0/4: only the items of one of 4 shards, in a store of its own below --store."),
+]
 RayAddress = Annotated[str | None, typer.Option(help="host:port of the Ray cluster that this node is part of.")]
 SparkMaster = Annotated[str | None, typer.Option(help="spark://host:port, local[2] or another master of Spark's.")]
 
@@ -105,6 +110,7 @@ class HeadChoice(StrEnum):
     ONNX = "onnx"
 
 
+Watermark = Annotated[int | None, typer.Option(help="Position of the log of updates that the items contain.")]
 EngineChoice = Annotated[EngineKind, typer.Option(help="Who runs the item tower (docs/operations.md).")]
 
 
@@ -120,9 +126,8 @@ def publish(
     incremental: Annotated[bool, typer.Option(help="Embed only what changed since the current release.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would change, and change nothing.")] = False,
     id_column: IdColumn = None,
-    watermark: Annotated[
-        int | None, typer.Option(help="Position of the log of updates that the items contain.")
-    ] = None,
+    shard: ShardOption = None,
+    watermark: Watermark = None,
     workers: Workers = None,
     engine: EngineChoice = EngineKind.LOCAL,
     ray_address: RayAddress = None,
@@ -133,17 +138,20 @@ def publish(
     """Embed the catalogue with a bundle and publish both as one release."""
     from cache.embed import build_release
 
-    target, embedding = open_store(store), _engine(engine, workers, ray_address, spark_master)
+    part, target = _part(store, shard)
+    embedding = _engine(engine, workers, ray_address, spark_master)
     kind = _wanted_index(index, before := _current(target))
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
         contained = watermark_of(target, items, watermark)
+        options: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous}
+        options |= {"id_column": id_column, "shard": part}
         if dry_run:
-            wanted = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column, "workers": workers}
-            _plan(target, bundle, items, before, cache, progress=report, **wanted)
+            _plan(target, bundle, items, before, cache, progress=report, workers=workers, **options)
             return
         target.check_writable()
-        order = _order(bundle, items, [kind, dtype, id_column, str(log), previous and before and before.id, watermark])
+        asked = [kind, dtype, id_column, str(log), previous and before and before.id, watermark, shard]
+        order = _order(bundle, items, asked)
         with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
             built = folder / "release"
@@ -152,11 +160,8 @@ def publish(
                     bundle,
                     items,
                     built,
-                    index=kind,
-                    dtype=dtype,
+                    **options,
                     users=table or _published_users(target, bundle, cache),
-                    previous=previous,
-                    id_column=id_column,
                     watermark=contained,
                     engine=embedding,
                     progress=report,
@@ -201,12 +206,13 @@ def update(
     position: Annotated[bool, typer.Option("--position", help="Print the log's last position.")] = False,
     embed: Annotated[bool, typer.Option(help="Embed at once; no need where another process runs --follow.")] = True,
     id_column: IdColumn = None,
+    shard: ShardOption = None,
     workers: Workers = None,
     store: StoreUrl = DEFAULT_STORE,
     cache: CacheDir = Path("var/cache"),
 ) -> None:
     """Change or delete items between two full publishes, for every release of the store."""
-    target = open_store(store)
+    part, target = _part(store, shard)
     if sum((items is not None, delete is not None, delete_ids is not None, follow, dead, position)) != 1:
         raise DataError("give one of --items, --delete, --delete-ids, --follow, --dead and --position")
     if follow:
@@ -216,7 +222,7 @@ def update(
     elif position:
         console.print(target.log(CHANGES).last())
     else:
-        _append(target, _current_spec(target, cache), items, delete, delete_ids, id_column)
+        _append(target, _current_spec(target, cache), items, delete, delete_ids, id_column, part)
         if embed:
             _embed(target, cache, workers)
 
@@ -470,6 +476,14 @@ class Sent:
         _warn_if_shrunk(release.count, made.get("removed", 0), before)
 
 
+def _part(store: str, shard: str | None) -> tuple[Shard | None, ReleaseStore]:
+    """The shard of --shard, and its store."""
+    if shard is None:
+        return None, open_store(store)
+    part = read_shard(shard)
+    return part, open_store(shard_url(store, part))
+
+
 def _engine(kind: EngineKind, workers: int | None, ray_address: str | None, spark_master: str | None) -> Engine:
     from cache.embed import on_threads
 
@@ -670,17 +684,19 @@ def _append(
     delete: Path | None,
     delete_ids: str | None,
     id_column: str | None,
+    shard: Shard | None,
 ) -> None:
     """Check the changes, append them and say so."""
     from cache.intake import append_deletes, append_items, parse_deleted, read_deleted
 
     if items is not None:
         with reporting() as report:
-            count, position = append_items(store, items, spec, id_column, report)
+            count, position = append_items(store, items, spec, id_column, report, shard)
     else:
         ids = read_deleted(delete, spec, id_column) if delete is not None else parse_deleted(delete_ids or "", spec)
-        count, position = append_deletes(store, ids)
+        count, position = append_deletes(store, ids if shard is None else ids[shard.holds(ids)])
     what = "items" if items is not None else "deletions"
+    position = position or store.log(CHANGES).last()  # where a shard has no part of it
     console.print(f"appended {count:,} {what} to the log of {store.url}, up to position {position}")
 
 

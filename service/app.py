@@ -122,7 +122,7 @@ class Service:
         if not is_loaded(content_type, accept):
             await asyncio.get_running_loop().run_in_executor(None, import_module, ARROW_ROOM)
         answerer = spoken(accept, answerer, form)
-        body = await _read(request, self.settings.max_body_bytes)
+        body = await read_body(request, self.settings.max_body_bytes)
         clock = StageClock()
         async with self.admission.admit(arrived_ns) as permit:
             serving = self.refresher.serving()
@@ -306,7 +306,7 @@ def _most_candidates(body: bytes, form: str, enough: float) -> int:
     return most if most <= enough else int(np.count_nonzero(np.frombuffer(body, np.uint8) == COMMA))
 
 
-async def _read(request: Request, limit_bytes: int) -> bytes:
+async def read_body(request: Request, limit_bytes: int) -> bytes:
     """The whole body. Raises BodyTooLarge as soon as it is known to be, before reading it where it says so itself."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > limit_bytes:
@@ -461,7 +461,7 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     async def admin_change(request: Request, verb: str) -> Response:
         """Change what is live: activate, promote, rollback, canary, shadow or abort."""
         service.admin.check(request.headers.get("authorization", ""))
-        body = await _read(request, BODY_BYTES)
+        body = await read_body(request, BODY_BYTES)
         caller = caller_of(request.headers, request.client.host if request.client else "unknown")
         change = partial(service.admin.change, verb, body, caller)
         answer = await asyncio.get_running_loop().run_in_executor(None, change)

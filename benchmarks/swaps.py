@@ -53,7 +53,7 @@ SHARE = 0.5  # of the capacity
 CLOSED_LINES = 2  # connections that find the capacity: while one answer is read, the service has the other request
 MARGIN_S = 0.25  # a swap window goes on for so long after the new release is seen
 PAUSE_S = 0.25  # between two windows
-SEEN_WITHIN_S = 120.0
+SEEN_WITHIN_S = 30.0
 SLOPE = 1.5  # bar, p99 of the swap windows / steady ones
 NEW, BACK, STEADY = "new", "back", "steady"
 MEANING = {
@@ -230,24 +230,33 @@ def press(
     ears, done = Ears(), threading.Event()
 
     def swap() -> list[Window]:
+        windows: list[Window] = []
         try:
             time.sleep(2 * PAUSE_S)
-            return [window for kind, release in order for window in one_swap(line.store, ears, kind, release)]
+            for kind, release in order:
+                if done.is_set():  # interrupted
+                    break
+                windows += one_swap(line.store, ears, kind, release)
         finally:
             done.set()
+        return windows
 
     seconds = 2 * SEEN_WITHIN_S * len(order)  # more than it takes
     with ThreadPoolExecutor(1) as pool, no_collection():
         swapping = pool.submit(swap)
-        found = run_open_loop(
-            f"http://{HOST}:{line.port}",
-            sent,
-            Schedule(rate=rate, seconds=seconds, arrivals="even"),
-            release="",
-            limits=Limits(connections=32),
-            hear=ears.hear,
-            enough=done.is_set,
-        )
+        try:
+            found = run_open_loop(
+                f"http://{HOST}:{line.port}",
+                sent,
+                Schedule(rate=rate, seconds=seconds, arrivals="even"),
+                release="",
+                limits=Limits(connections=32),
+                hear=ears.hear,
+                enough=done.is_set,
+            )
+        finally:
+            done.set()
+            ears.seen.set()
         windows = swapping.result()
     if (why := invalid(found)) is not None and not found.failures:
         raise AnswerError(why)

@@ -180,7 +180,7 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def _spec(path: Path, digest: str) -> FeatureSpec:
-    """The specification in a file of that hash; that of a bundle in use, with its vocabularies, where it is the same."""
+    """The specification in a file of that hash, or the equal one of a bundle in use, with its vocabularies."""
     spec = _in_use.get(digest)
     if spec is None:
         spec = _in_use[digest] = FeatureSpec.load(path)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,6 +111,7 @@ return doomed
 """
 
 CONTROL = ("current", "previous", "releases", "notices", "rollout", "audit")  # KEYS of all scripts
+BUNDLE_LOG = re.compile(r"([0-9a-f]{16})(:floor)?")  # else it is of a store whose prefix goes on from this one's
 CONTESTED = 100  # times that a change is made anew, because another came first
 
 Pause = Callable[[float], Any]
@@ -359,7 +361,8 @@ class RedisStore:
         start = self._log_key(f"{kind}/")
         with self._errors():
             keys = [key.decode() for key in self._client.scan_iter(match=f"{start}*", count=1000)]
-        return sorted({f"{kind}/{key[len(start) :].split(':')[0]}" for key in keys})
+        found = (BUNDLE_LOG.fullmatch(key, len(start)) for key in keys)
+        return sorted({f"{kind}/{each[1]}" for each in found if each})
 
     def delete_log(self, name: str) -> None:
         with self._errors():

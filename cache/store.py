@@ -160,7 +160,7 @@ class ReleaseStore(ReadableStore, Protocol):
         """The change log of that name (cache/changes.py), there once something was appended to it."""
 
     def logs(self, kind: str) -> Names:
-        """Names of all logs that begin with `kind` and a slash."""
+        """Names of all logs that are `kind`, a slash and the id of a bundle."""
 
     def delete_log(self, name: str) -> None: ...
 

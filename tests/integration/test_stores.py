@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import pytest
 from redis import Redis
 
-from cache.changes import Newer
+from cache.changes import Newer, records_log
 from cache.errors import RolloutRefused, StoreError, UnknownRelease
 from cache.file_store import FileStore
 from cache.overlay import Overlay
@@ -39,6 +39,7 @@ from cache.release import (
 from cache.rollout import NOTHING, Change, Live, Shadow, this_user, weights
 from cache.snapshot import Snapshot
 from cache.store import ReleaseStore, open_store
+from cache.watermarks import trim_changes
 from tests.changed import embedded, happened
 from tests.redis_server import (
     Certificates,
@@ -985,6 +986,28 @@ def test_a_publisher_that_was_killed_sends_only_what_is_missing_when_started_aga
         assert verify_release(place.fetch(name)).id == name
     assert lies_there > read_release(large).size_bytes / 10
     assert missing <= sent < 1.01 * missing  # keys, the lease, the manifest
+
+
+@pytest.mark.parametrize("more", [":users", ":release", ":records", ":changes"])
+def test_pruning_spares_a_store_whose_prefix_goes_on_from_this_ones(
+    redis_url: str, folders: list[Path], tmp_path: Path, more: str
+) -> None:
+    ours, theirs = (RedisStore(f"{redis_url}?prefix=on{more[1:]}{end}") for end in ("", more))
+    with Redis.from_url(redis_url) as client:
+        held: list[set[bytes]] = []
+        for store in (ours, theirs):
+            store.activate(store.publish(folders[2]))
+            store.publish_users(write_users(tmp_path / f"{len(store.url)}.snap"))
+            happened(store)
+            store.log(records_log("0" * 16)).append([b"of a bundle that no release has"])
+            held.append({*client.scan_iter(f"*on{more[1:]}*")})
+        before = {key: client.dump(key) for key in held[1] - held[0]}
+        assert ours.prune(1) == []
+        trim_changes(ours)
+        assert {key: client.dump(key) for key in before} == before
+    assert records_log("0" * 16) not in ours.logs("records")
+    assert theirs.logs("records") == [records_log("0" * 16)]
+    assert verify_release(theirs.fetch(theirs.current() or "", tmp_path / "cache")).id == theirs.current()
 
 
 def test_redis_holds_little_more_than_the_bytes_of_a_release(large: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cache import file_log
-from cache.changes import CHANGES, DEAD, DeadLetter, encode_dead
+from cache.changes import CHANGES, DEAD, DeadLetter, encode_dead, records_log
 from cache.cli import app
 from cache.errors import StoreError
 from cache.intake import append_deletes
@@ -165,7 +165,7 @@ def test_the_lowest_watermark_bounds_every_log(
     letters = [DeadLetter(bundle_id="b", position=position, id=1, reason="r") for position in positions]
     for letter in letters:
         store.log(DEAD).append([encode_dead([letter])])
-    store.log("records/gone").append([b"of a bundle that no release has"])
+    store.log(records_log("0" * 16)).append([b"of a bundle that no release has"])
     said = run("releases", "prune", "--keep", 9, "--store", store.url)
     assert said == (
         f"nothing to delete trimmed the log of updates up to position {positions[9]}, which every release contains"
@@ -202,7 +202,7 @@ def test_a_release_published_during_a_trim_is_either_spared_or_refused(
             calls += 1
             return whole(self)
 
-        store.log("records/gone").append([b"whose deletion is another call"])
+        store.log(records_log("0" * 16)).append([b"whose deletion is another call"])
         with monkeypatch.context() as patched:
             patched.setattr(type(store), "list", between)
             trim_changes(store)

@@ -387,6 +387,8 @@ def push_release(
     """Publish a release folder that was built before, for example when the store failed after it was built."""
     target = open_store(store)
     before = _current(target)
+    built = read_release(folder)
+    check_watermark(target, built.watermark, f"release {built.id}")  # before it is there, and trims the log, too
     with reporting() as report:
         sent = _send(target, folder, report)
         _catch_up(target, sent.release, cache, report)

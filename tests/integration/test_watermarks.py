@@ -142,6 +142,38 @@ def test_what_comes_too_late_is_neither_pushed_nor_activated(store: ReleaseStore
     run("releases", "activate", current, "--store", store.url)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_release_of_another_store_is_neither_pushed_nor_activated(
+    store: ReleaseStore, releases: list[TinyRelease], count: int
+) -> None:
+    """Nor one of a log that was lost: what it lacks cannot be told from positions that mean nothing here."""
+    end = [0, *deleted(store, count)][-1]
+    release = releases[0]
+    seal_release(release.folder, bundle_id=release.bundle.id, head=release.head, watermark=end + 1)
+    refusal = f"up to position {end + 1}, the log of .* ends at {end}, so .*: publish the items again"
+    with pytest.raises(StoreError, match=refusal):
+        run("releases", "push", release.folder, "--store", store.url)
+    assert store.list() == []
+    foreign = store.publish(release.folder)
+    for verb in (("activate", foreign), ("canary", foreign, "--weight", 0.1), ("shadow", foreign, "--share", 0.1)):
+        with pytest.raises(StoreError, match=refusal):
+            run("releases", *verb, "--store", store.url)
+    assert store.current() is None
+    check_watermark(store, end, "the end")
+
+
+def test_a_release_that_was_built_while_the_log_went_on_is_pushed(
+    store: ReleaseStore, releases: list[TinyRelease], tmp_path: Path
+) -> None:
+    (end,) = deleted(store, 1)
+    release = releases[0]
+    seal_release(release.folder, bundle_id=release.bundle.id, head=release.head, watermark=end)
+    deleted(store, 3, start=1)
+    run("releases", "push", release.folder, "--store", store.url, "--cache", tmp_path / "cache")
+    assert store.current() == store.list()[0].id
+    assert set(folded(store, release.bundle, end).deleted.tolist()) == {1, 2, 3}
+
+
 # --- trimming --------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +184,14 @@ def test_nothing_is_trimmed_without_releases_or_without_a_log(store: ReleaseStor
     assert run("releases", "prune", "--keep", 1, "--store", store.url) == "nothing to delete"
     assert lowest_watermarks(store) == {releases[0].bundle.id: 0}
     assert name == store.list()[0].id
+
+
+def test_a_release_of_another_store_trims_nothing(store: ReleaseStore, releases: list[TinyRelease]) -> None:
+    positions = deleted(store, 2)
+    published(store, releases[0], positions[-1] + 1)
+    assert trim_changes(store) is None
+    assert store.log(CHANGES).floor() == 0
+    check_watermark(store, 0, "what is published next")
 
 
 def test_the_lowest_watermark_bounds_every_log(

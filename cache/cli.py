@@ -66,8 +66,9 @@ releases = typer.Typer(
 app.add_typer(releases, name="releases")
 users = typer.Typer(help="Publish, show and delete the user table of a bundle, by itself.", no_args_is_help=True)
 app.add_typer(users, name="users")
-console = Console(highlight=False, soft_wrap=True)
-warnings = Console(highlight=False, soft_wrap=True, stderr=True)
+# Whoever calls, paths and ids may have brackets: none is a style.
+console = Console(highlight=False, markup=False, soft_wrap=True)
+warnings = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
 
 StoreUrl = Annotated[
     str, typer.Option("--store", help="file://./folder, redis://host:port/db?prefix=name, or another of docs/stores.md")
@@ -262,7 +263,7 @@ def size(
     )
     service = Service(releases=kept, shards=shards, workers=workers, gbit=gbit)
     cost = cost_of(form, service)
-    console.print(json.dumps(cost.to_json()) if as_json else report(form, service, cost), markup=False)
+    console.print(json.dumps(cost.to_json()) if as_json else report(form, service, cost))
 
 
 @releases.command("list")
@@ -726,7 +727,7 @@ def _follow(store: ReleaseStore, cache: Path, workers: int | None) -> None:
 
 
 def _tell(text: str) -> None:
-    console.print(f"{utc_now().isoformat(timespec='seconds')} {text}", markup=False)
+    console.print(f"{utc_now().isoformat(timespec='seconds')} {text}")
 
 
 def _print_dead(store: ReleaseStore) -> None:
@@ -737,7 +738,7 @@ def _print_dead(store: ReleaseStore) -> None:
         for letter in (letter for entry in entries for letter in decode_dead(entry)):
             if letter not in seen:
                 place = f"position {letter.position}, bundle {letter.bundle_id}"
-                console.print(f"{letter.id}: {letter.reason} ({place})", markup=False)
+                console.print(f"{letter.id}: {letter.reason} ({place})")
                 seen.add(letter)
         position = entries[-1].position
     if not seen:

@@ -39,6 +39,7 @@ from cache.release import (
     utc_now,
 )
 from cache.release import Progress as Report
+from cache.release import verify_release as verify_built
 from cache.rollout import Audited, Change, Live, shares_told, told
 from cache.snapshot import Snapshot
 from cache.store import ReleaseInfo, ReleaseStore, open_store
@@ -141,13 +142,14 @@ def publish(
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
         contained = watermark_of(target, items, watermark)
+        wanted = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column, "progress": report}
         if dry_run:
             table = _published_users(target, bundle, cache)
-            wanted = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column, "workers": workers}
-            _plan(target, bundle, items, table, before, progress=report, **wanted)
+            _plan(target, bundle, items, table, before, workers=workers, **wanted)
             return
         target.check_writable()
-        order = _order(bundle, items, [kind, dtype, id_column, str(log), previous and before and before.id, watermark])
+        options = [kind, dtype, id_column, str(log), previous and before and before.id, target.url, contained]
+        order = _order(bundle, items, options)
         with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
             built = folder / "release"
@@ -156,14 +158,10 @@ def publish(
                     bundle,
                     items,
                     built,
-                    index=kind,
-                    dtype=dtype,
                     users=table or _published_users(target, bundle, cache),
-                    previous=previous,
-                    id_column=id_column,
                     watermark=contained,
                     engine=embedding,
-                    progress=report,
+                    **wanted,
                 )
             sent = _send(target, built, report)
             _catch_up(target, sent.release, cache, report)
@@ -553,9 +551,14 @@ def _order(bundle: Path, items: Path, options: Sequence[object]) -> str:
 
 
 def _was_built(built: Path) -> bool:
-    """Whether `building_in` has found a release that a publisher left."""
-    if built.is_dir():
-        console.print(f"taking release {read_release(built).id}, which a publisher had built that was killed")
+    """Whether `building_in` has found a release that a publisher left, every byte of it right; else it goes."""
+    if not built.is_dir():
+        return False
+    try:
+        console.print(f"taking release {verify_built(built).id}, which a publisher had built and not stored")
+    except StoreError as error:
+        console.print(f"building anew what a publisher had left: {error}")
+        shutil.rmtree(built)
     return built.is_dir()
 
 
@@ -752,8 +755,8 @@ def _print_dead(store: ReleaseStore) -> None:
 def building_in(work: Path, order: str = "") -> Iterator[Path]:
     """A folder to build in; it goes when all is well, and stays when a built release could not be stored.
 
-    Its lock is free once its publisher is dead: the next one goes on with what was built to the same order, and
-    deletes what else was left. A folder that stays has no lock.
+    Its lock is free once its publisher is gone: the next one goes on with what was built to the same order, and deletes
+    what else was left. One that builds no release (no order) leaves whole ones alone.
     """
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -765,9 +768,9 @@ def building_in(work: Path, order: str = "") -> Iterator[Path]:
             yield folder
         except BaseException as error:
             if (folder / "release").is_dir():
-                (folder / LOCK).unlink()
                 console.print(
-                    f"the built release stays in {folder / 'release'}: store it with `ranktower releases push`"
+                    f"the built release stays in {folder / 'release'}: the same command again, or `ranktower releases "
+                    "push`, stores it; another publish deletes it"
                 )
             else:
                 _delete_build(work, folder)
@@ -787,26 +790,23 @@ def _delete_build(work: Path, folder: Path) -> None:
 
 
 def _sweep_builds(work: Path, order: str) -> Path | None:
-    """Delete what killed publishers were building, but for one that had built a whole release to this order."""
+    """Delete what publishers left that are gone, but for one that had built a whole release to this order."""
     found = None
     for folder in sorted(path for path in work.glob("release-*") if path.is_dir()):
-        if not (folder / LOCK).exists():  # a publisher died before it had one, or behind it; or the folder stays
-            if {path.name for path in folder.iterdir()} <= {ORDER, USER_TABLE}:
-                shutil.rmtree(folder)
-            continue
-        with locked_now(folder / LOCK) as dead:
-            if dead and order and found is None and _is_built(folder, order):
+        with locked_now(folder / LOCK) as gone:
+            built_to = _built_to(folder) if gone else ""
+            if gone and order and found is None and built_to == order:
                 found = folder
-            elif dead:
+            elif gone and (order or not built_to):
                 shutil.rmtree(folder)
-                console.print(f"deleted {folder}, which a publisher left that was killed")
+                console.print(f"deleted {folder}, which a publisher left")
     return found
 
 
-def _is_built(folder: Path, order: str) -> bool:
-    """A release appears in its folder when it is whole; that its bytes are right is checked when it is stored."""
+def _built_to(folder: Path) -> str:
+    """The order to which a whole release lies there, nothing where none does: it appears there when it is whole."""
     written = folder / ORDER
-    return (folder / "release").is_dir() and written.is_file() and written.read_text() == order
+    return written.read_text() if (folder / "release").is_dir() and written.is_file() else ""
 
 
 def for_users(report: Report) -> Report:

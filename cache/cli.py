@@ -142,10 +142,10 @@ def publish(
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
         contained = watermark_of(target, items, watermark)
-        wanted = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column, "progress": report}
+        wanted: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column}
         if dry_run:
             table = _published_users(target, bundle, cache)
-            _plan(target, bundle, items, table, before, workers=workers, **wanted)
+            _plan(target, bundle, items, table, before, progress=report, workers=workers, **wanted)
             return
         target.check_writable()
         options = [kind, dtype, id_column, str(log), previous and before and before.id, target.url, contained]
@@ -161,6 +161,7 @@ def publish(
                     users=table or _published_users(target, bundle, cache),
                     watermark=contained,
                     engine=embedding,
+                    progress=report,
                     **wanted,
                 )
             sent = _send(target, built, report)

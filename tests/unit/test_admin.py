@@ -134,6 +134,8 @@ def test_what_is_live_and_how_it_came_about_is_told(service: Running, names: lis
         ("canary", {"releases": "r"}, 422, "invalid-request", "releases"),
         ("canary", {"release": "r", "share": 0.1}, 422, "invalid-request", "takes no share"),
         ("promote", {"weight": 0.1}, 422, "invalid-request", "takes no weight"),
+        ("rollback", {"release": "r"}, 422, "invalid-request", "rollback takes no release"),
+        ("abort", {"release": "r"}, 422, "invalid-request", "abort takes no release"),
         ("explode", {}, 422, "invalid-request", "is no verb"),
         ("canary", {"release": "r" * 5000}, 413, "body-too-large", "octets"),
     ],

@@ -137,19 +137,16 @@ def publish(
 
     target, embedding = open_store(store), _engine(engine, workers, ray_address, spark_master)
     before, kind = _current(target), index or IndexKind.NONE
-    if index is None:
-        _warn_of_lost_index(before)
+    _warn_of_lost_index(index, before)
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
         contained = watermark_of(target, items, watermark)
         wanted: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column}
         if dry_run:
-            table = _published_users(target, bundle, cache)
-            _plan(target, bundle, items, table, before, progress=report, workers=workers, **wanted)
+            _plan(target, bundle, items, _published_users(target, bundle, cache), before, report, workers, **wanted)
             return
         target.check_writable()
-        options = [kind, dtype, id_column, str(log), previous and before and before.id, target.url, contained]
-        order = _order(bundle, items, options)
+        order = _order(bundle, items, [target.url, contained, log, *wanted.values()])
         with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
             built = folder / "release"
@@ -499,9 +496,9 @@ def _current(store: ReleaseStore) -> ReleaseInfo | None:
     return next((info for info in store.list() if info.current), None)
 
 
-def _warn_of_lost_index(before: ReleaseInfo | None) -> None:
-    """Where no index was asked for, and the current release has one."""
-    if before is not None and before.index != IndexKind.NONE:
+def _warn_of_lost_index(index: IndexKind | None, before: ReleaseInfo | None) -> None:
+    """Where nothing was said of an index, and the current release has one."""
+    if index is None and before is not None and before.index != IndexKind.NONE:
         warnings.print(
             f"warning: the current release {before.id} has the index {before.index}, this one will have none, and "
             f"without one /v1/retrieve answers nothing: give --index {before.index}, or --index none if that is meant"
@@ -509,13 +506,20 @@ def _warn_of_lost_index(before: ReleaseInfo | None) -> None:
 
 
 def _plan(
-    store: ReleaseStore, bundle: Path, items: Path, users: Path | None, before: ReleaseInfo | None, **options: Any
+    store: ReleaseStore,
+    bundle: Path,
+    items: Path,
+    users: Path | None,
+    before: ReleaseInfo | None,
+    report: Report,
+    workers: int | None,
+    **options: Any,
 ) -> None:
     """Say what publishing would do."""
     from cache.embed import plan_release
     from cache.size import STORE_BYTES_S
 
-    plan = plan_release(bundle, items, users=users, **options)
+    plan = plan_release(bundle, items, users=users, progress=report, workers=workers, **options)
     counts = plan.counts
     removed = f", {counts.removed:,} removed" if options["previous"] else ""
     console.print(
@@ -548,7 +552,7 @@ def _order(bundle: Path, items: Path, options: Sequence[object]) -> str:
     """What is to be built, in a line: the same from the same content and options; nothing where no items are."""
     from model.bundle import hash_file, open_bundle
 
-    return json.dumps([open_bundle(bundle).id, hash_file(items), *options]) if items.is_file() else ""
+    return json.dumps([open_bundle(bundle).id, hash_file(items), *options], default=str) if items.is_file() else ""
 
 
 def _was_built(built: Path) -> bool:

@@ -108,13 +108,13 @@ class FileStore:
 
     def check_writable(self) -> None:
         with self._disk():
+            with self._draft("check"):  # first: its error is the disk's own, such as that it is read-only
+                pass
             for name in ("releases", "users"):
                 folder = self.root / name
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-            with self._draft("check"):
-                pass
 
     def publish(self, folder: Path, progress: Progress = no_progress) -> str:
         release = read_release(folder)

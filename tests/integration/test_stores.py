@@ -748,6 +748,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folders: list[
             attempt()
 
 
+def test_a_disk_that_is_read_only_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(f"file://{tmp_path}/store")
+    store.check_writable()
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("cache.file_store.locked", refuse)
+    monkeypatch.setattr("cache.file_store.os.access", lambda *_: False)
+    with pytest.raises(StoreError, match=r"\.lock: Read-only file system: the disk is read-only: name a folder"):
+        store.check_writable()
+
+
 def test_a_damaged_pointer_to_the_users_says_so_and_is_mended_by_publishing(tmp_path: Path) -> None:
     store = FileStore(f"file://{tmp_path}/store")
     store.publish_users(write_users(tmp_path / "u.snap"))

@@ -691,6 +691,16 @@ def test_a_file_url_without_a_folder_says_how_to_write_it() -> None:
         open_store("file://")
 
 
+@pytest.mark.parametrize("place", ["localhost/tmp/x", "host/x", "var/releases", "/a%00b", "", "./a?b"])
+def test_a_file_url_names_a_folder_of_this_machine_and_no_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r"names no folder of this machine: write file://\./folder or file:///folder"):
+        open_store(f"file://{place}").check_writable()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_url_is_relative_or_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[Path]
 ) -> None:
@@ -746,6 +756,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folders: list[
     for attempt in (store.check_writable, lambda: store.publish(folders[2])):
         with pytest.raises(StoreError, match="store"):
             attempt()
+
+
+def test_a_release_that_was_moved_and_linked_is_pruned_like_any_other(tmp_path: Path, folders: list[Path]) -> None:
+    place = Place(f"file://{tmp_path}/store", tmp_path)
+    a, b, c = published(place, folders[:3])
+    for name in (a, b):
+        shutil.move(tmp_path / "store" / "releases" / name, tmp_path / name)
+        (tmp_path / "store" / "releases" / name).symlink_to(tmp_path / name)
+    assert place.fetch(a).is_dir()
+    shutil.rmtree(tmp_path / b)  # its link leads nowhere
+    assert place.open().prune(1) == [a, b]
+    assert place.open().prune(1) == []
+    assert place.leftovers() == 0
+    assert [info.id for info in place.open().list()] == [c]
+    assert verify_release(tmp_path / a).id == a, "it is not the store's"
 
 
 def test_a_disk_that_is_read_only_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

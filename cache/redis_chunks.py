@@ -27,6 +27,7 @@ from cache.release import (
     Progress,
     check_chunk,
     check_sizes,
+    lock_of,
     prepare_files,
     read_chunk,
     sha256,
@@ -102,7 +103,7 @@ class Chunks:
         `raw` is the name and content of the manifest's file. A target that is there already is verified, not fetched.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.with_name(f".{target.name}.lock")):
+        with locked(lock_of(target)):
             if _is_whole(target, artifact):
                 return
             shutil.rmtree(target, ignore_errors=True)

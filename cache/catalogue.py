@@ -142,9 +142,12 @@ def as_ids(ids: pa.Array) -> Ids:
 
 
 def check_columns(path: Path, known: list[str], id_column: str, spec: FeatureSpec) -> None:
-    """Raise DataError unless all columns that the bundle reads are there."""
+    """Raise DataError unless all columns that the bundle reads are there, once each."""
     for wanted in spec.item_fields:
-        if column_of(wanted.name, spec, id_column) not in known:
+        name = column_of(wanted.name, spec, id_column)
+        if known.count(name) > 1:
+            raise DataError(f"{path} has {known.count(name)} columns {name!r}: keep or rename one")
+        if name not in known:
             raise DataError(
                 f"{path} has no column {wanted.name!r}, which the bundle reads: {nearest(wanted.name, known)}"
             )

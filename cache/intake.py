@@ -5,6 +5,7 @@ All columns are kept, also those that no bundle reads yet: the next one may.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,11 +70,21 @@ def parse_deleted(text: str, spec: FeatureSpec) -> Ids:
     if "" in parts:
         raise DataError(f"--delete-ids {text!r} has an empty id: write ids with commas between them")
     if spec.item_id_type == "string":
-        return as_ids(pa.array(parts, pa.large_string()))
+        try:
+            return as_ids(pa.array(parts, pa.large_string()))
+        except UnicodeEncodeError as error:
+            raise DataError(f"--delete-ids {text!r} is not UTF-8 ({error.reason}): write the ids of items") from error
     try:
-        return np.array([int(part) for part in parts], np.int64)
+        return np.array([_integer(part) for part in parts], np.int64)
     except (ValueError, OverflowError) as error:
         raise DataError(f"--delete-ids {text!r}: item ids are integers of 64 bits ({error})") from error
+
+
+def _integer(text: str) -> int:
+    """Decimal digits alone: `int` takes 1_0 for 10."""
+    if not re.fullmatch("[+-]?[0-9]+", text):
+        raise ValueError(f"{text!r} is none")
+    return int(text)
 
 
 def item_rows(items: Path, id_column: str, held: NDArray[np.bool_] | None = None) -> Iterator[bytes]:

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
 
 from cache.changes import ChangeLog, Newer
+from cache.durable import sharing
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
 from cache.redis_chunks import STREAMS, Chunks, Manifest
@@ -45,6 +47,7 @@ from cache.release import (
     Release,
     UserTable,
     drop_cached,
+    lock_of,
     no_progress,
     parse_release,
     parse_users,
@@ -110,6 +113,7 @@ return doomed
 """
 
 CONTROL = ("current", "previous", "releases", "notices", "rollout", "audit")  # KEYS of all scripts
+BUNDLE_LOG = re.compile(r"([0-9a-f]{16})(:floor)?")  # else it is of a store whose prefix goes on from this one's
 CONTESTED = 100  # times that a change is made anew, because another came first
 
 Pause = Callable[[float], Any]
@@ -344,13 +348,21 @@ class RedisStore:
 
     # --- updates
 
-    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+    @contextmanager
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Iterator[Path]:
         target = self._cache(cache_dir) / release_id
-        with self._errors():
-            release, raw = self._release(release_id)
-            part = replace(release, files=tuple(file for file in release.files if file.path.startswith(f"{BUNDLE}/")))
-            self._chunks.download(f"release:{release_id}", part, target, (RELEASE, raw), no_progress)
-        return target / BUNDLE
+        with ExitStack() as held:
+            with self._errors(cache_dir):
+                release, raw = self._release(release_id)
+                files = tuple(file for file in release.files if file.path.startswith(f"{BUNDLE}/"))
+                part = replace(release, files=files)
+                while True:
+                    self._chunks.download(f"release:{release_id}", part, target, (RELEASE, raw), no_progress)
+                    held.enter_context(sharing(lock_of(target)))
+                    if target.is_dir():  # else it was dropped since
+                        break
+                    held.close()
+            yield target / BUNDLE
 
     def log(self, name: str) -> ChangeLog:
         with self._errors():
@@ -360,7 +372,8 @@ class RedisStore:
         start = self._log_key(f"{kind}/")
         with self._errors():
             keys = [key.decode() for key in self._client.scan_iter(match=f"{start}*", count=1000)]
-        return sorted({f"{kind}/{key[len(start) :].split(':')[0]}" for key in keys})
+        found = (BUNDLE_LOG.fullmatch(key, len(start)) for key in keys)
+        return sorted({f"{kind}/{each[1]}" for each in found if each})
 
     def delete_log(self, name: str) -> None:
         with self._errors():

@@ -45,12 +45,21 @@ def _before_export(log: ChangeLog, items: Path) -> int:
 
 
 def check_watermark(store: ReleaseStore, watermark: int, what: str) -> None:
-    """Raise StoreError where entries that `what` does not contain may be gone."""
-    floor = store.log(CHANGES).floor()
+    """Raise StoreError where entries that `what` does not contain may be gone, or its watermark is of another log.
+
+    A log only grows, so what was built for it never has a watermark beyond its end; an empty one takes 0 alone.
+    """
+    log = store.log(CHANGES)
+    floor, end = log.floor(), log.last()
     if watermark < floor:
         raise StoreError(
             f"{what} contains the changes up to position {watermark}, {store.url} has trimmed its log up to {floor}: "
             f"export the items again and publish them (with --watermark {floor} if they contain those changes)"
+        )
+    if watermark > end:
+        raise StoreError(
+            f"{what} contains the changes up to position {watermark}, the log of {store.url} ends at {end}, so it was "
+            "built for another store or that log was lost: publish the items again"
         )
 
 
@@ -80,7 +89,8 @@ def trim_changes(store: ReleaseStore) -> int | None:
     """
     raw = store.log(CHANGES)
     lowest = lowest_watermarks(store)
-    if not lowest or not raw.last():
+    end = raw.last()
+    if not lowest or not end or max(lowest.values()) > end:  # one beyond the end says nothing of this log
         return None
     raw.raise_floor(min(lowest.values()))
     for bundle_id, watermark in lowest.items():

@@ -117,15 +117,15 @@ def test_a_reader_goes_on_where_it_stopped_while_others_append(url: str) -> None
 
 def test_logs_are_apart_listed_and_deleted(url: str) -> None:
     store = open_store(url)
-    for name in ("changes", "records/b1", "records/b2", "dead"):
+    for name in ("changes", "records/b1b1b1b1b1b1b1b1", "records/b2b2b2b2b2b2b2b2", "dead"):
         store.log(name).append([name.encode()])
-    store.log("records/b2").raise_floor(5)
-    assert store.logs("records") == ["records/b1", "records/b2"]
-    store.delete_log("records/b2")
+    store.log("records/b2b2b2b2b2b2b2b2").raise_floor(5)
+    assert store.logs("records") == ["records/b1b1b1b1b1b1b1b1", "records/b2b2b2b2b2b2b2b2"]
+    store.delete_log("records/b2b2b2b2b2b2b2b2")
     store.delete_log("records/never")
-    assert store.logs("records") == ["records/b1"]
-    assert store.log("records/b2").read(0, 9) == []
-    assert store.log("records/b2").floor() == 0
+    assert store.logs("records") == ["records/b1b1b1b1b1b1b1b1"]
+    assert store.log("records/b2b2b2b2b2b2b2b2").read(0, 9) == []
+    assert store.log("records/b2b2b2b2b2b2b2b2").floor() == 0
     assert [entry.payload for entry in store.log("changes").read(0, 9)] == [b"changes"]
 
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cache import file_log
-from cache.changes import CHANGES, DEAD, DeadLetter, encode_dead
+from cache.changes import CHANGES, DEAD, DeadLetter, encode_dead, records_log
 from cache.cli import app
 from cache.errors import StoreError
 from cache.intake import append_deletes
@@ -142,6 +142,38 @@ def test_what_comes_too_late_is_neither_pushed_nor_activated(store: ReleaseStore
     run("releases", "activate", current, "--store", store.url)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_release_of_another_store_is_neither_pushed_nor_activated(
+    store: ReleaseStore, releases: list[TinyRelease], count: int
+) -> None:
+    """Nor one of a log that was lost: what it lacks cannot be told from positions that mean nothing here."""
+    end = [0, *deleted(store, count)][-1]
+    release = releases[0]
+    seal_release(release.folder, bundle_id=release.bundle.id, head=release.head, watermark=end + 1)
+    refusal = f"up to position {end + 1}, the log of .* ends at {end}, so .*: publish the items again"
+    with pytest.raises(StoreError, match=refusal):
+        run("releases", "push", release.folder, "--store", store.url)
+    assert store.list() == []
+    foreign = store.publish(release.folder)
+    for verb in (("activate", foreign), ("canary", foreign, "--weight", 0.1), ("shadow", foreign, "--share", 0.1)):
+        with pytest.raises(StoreError, match=refusal):
+            run("releases", *verb, "--store", store.url)
+    assert store.current() is None
+    check_watermark(store, end, "the end")
+
+
+def test_a_release_that_was_built_while_the_log_went_on_is_pushed(
+    store: ReleaseStore, releases: list[TinyRelease], tmp_path: Path
+) -> None:
+    (end,) = deleted(store, 1)
+    release = releases[0]
+    seal_release(release.folder, bundle_id=release.bundle.id, head=release.head, watermark=end)
+    deleted(store, 3, start=1)
+    run("releases", "push", release.folder, "--store", store.url, "--cache", tmp_path / "cache")
+    assert store.current() == store.list()[0].id
+    assert set(folded(store, release.bundle, end).deleted.tolist()) == {1, 2, 3}
+
+
 # --- trimming --------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +184,14 @@ def test_nothing_is_trimmed_without_releases_or_without_a_log(store: ReleaseStor
     assert run("releases", "prune", "--keep", 1, "--store", store.url) == "nothing to delete"
     assert lowest_watermarks(store) == {releases[0].bundle.id: 0}
     assert name == store.list()[0].id
+
+
+def test_a_release_of_another_store_trims_nothing(store: ReleaseStore, releases: list[TinyRelease]) -> None:
+    positions = deleted(store, 2)
+    published(store, releases[0], positions[-1] + 1)
+    assert trim_changes(store) is None
+    assert store.log(CHANGES).floor() == 0
+    check_watermark(store, 0, "what is published next")
 
 
 def test_the_lowest_watermark_bounds_every_log(
@@ -165,7 +205,7 @@ def test_the_lowest_watermark_bounds_every_log(
     letters = [DeadLetter(bundle_id="b", position=position, id=1, reason="r") for position in positions]
     for letter in letters:
         store.log(DEAD).append([encode_dead([letter])])
-    store.log("records/gone").append([b"of a bundle that no release has"])
+    store.log(records_log("0" * 16)).append([b"of a bundle that no release has"])
     said = run("releases", "prune", "--keep", 9, "--store", store.url)
     assert said == (
         f"nothing to delete trimmed the log of updates up to position {positions[9]}, which every release contains"
@@ -202,7 +242,7 @@ def test_a_release_published_during_a_trim_is_either_spared_or_refused(
             calls += 1
             return whole(self)
 
-        store.log("records/gone").append([b"whose deletion is another call"])
+        store.log(records_log("0" * 16)).append([b"whose deletion is another call"])
         with monkeypatch.context() as patched:
             patched.setattr(type(store), "list", between)
             trim_changes(store)

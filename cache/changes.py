@@ -204,6 +204,8 @@ def _decode_ids(payload: bytes, offset: int) -> tuple[Ids, int]:
     start = offset + _IDS.size
     if kind == b"i":
         return np.frombuffer(payload, "<i8", count, start), start + 8 * count
+    if kind != b"s":
+        raise StoreError(f"its ids are of kind {kind!r}, neither integers nor texts: use the version that wrote it")
     sizes = np.frombuffer(payload, "<u4", count, start).astype(np.int64)
     used = 4 * count + int(sizes.sum())
     text = np.frombuffer(payload, np.uint8, used - 4 * count, start + 4 * count)

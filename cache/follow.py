@@ -12,17 +12,28 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from cache.changes import CHANGES, DEAD, ChangeLog, Entry, Fold, Newer, decode_dead, decode_embedded, records_log
+from cache.changes import (
+    CHANGES,
+    DEAD,
+    ChangeLog,
+    Embedded,
+    Entry,
+    Fold,
+    Newer,
+    decode_dead,
+    decode_embedded,
+    records_log,
+)
 from cache.durable import holding, is_held
 from cache.errors import SnapshotError, StoreError, disk_error
 from cache.overlay import overlays_in, write_overlay
 from cache.release import ITEMS, read_release
-from cache.snapshot import read_header
+from cache.snapshot import may_hold, read_header
 from kernel.engine import pack
 from kernel.errors import RecordError
 from kernel.plain import ItemLayout, item_layout
@@ -209,7 +220,7 @@ def _fold(at: _Followed) -> bool:
     any_new = False
     for entry in at.records.new():
         any_new = True
-        embedded = decode_embedded(entry)
+        embedded = _holdable(decode_embedded(entry))
         try:
             at.fold.add(embedded)
         except RecordError as error:
@@ -220,6 +231,18 @@ def _fold(at: _Followed) -> bool:
             ) from error
         at.seen = max(at.seen, embedded.until)
     return any_new
+
+
+def _holdable(embedded: Embedded) -> Embedded:
+    """Without ids that no table may hold: no release has such items, and they would keep all others from an overlay."""
+    fits = may_hold(embedded.ids)
+    if fits.all():
+        return embedded
+    return replace(
+        embedded,
+        ids=embedded.ids[fits],
+        records=None if embedded.records is None else embedded.records[fits],
+    )
 
 
 def _see_end(at: _Followed) -> None:

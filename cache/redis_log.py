@@ -96,4 +96,4 @@ def _position(identity: bytes) -> int:
 
 def _entry(identity: bytes, fields: dict[bytes, bytes]) -> Entry:
     position = _position(identity)
-    return Entry(position, position >> SERIAL_BITS, fields[FIELD])
+    return Entry(position, position >> SERIAL_BITS, fields.get(FIELD, b""))  # nothing, where another program added it

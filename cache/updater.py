@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache.catalogue import as_ids, check_columns, check_ids, encode_rows
+from cache.catalogue import check_columns, column_of, read_rows
 from cache.changes import (
     CHANGES,
     DEAD,
@@ -44,14 +44,14 @@ from cache.embed import run_parallel
 from cache.errors import StoreError
 from cache.intake import ID_COLUMN
 from cache.retry import STORE_PAUSE_S
+from cache.snapshot import MAX_ID_BYTES, may_hold
 from cache.store import ReleaseInfo, ReleaseStore
 from kernel.engine import pack
 from kernel.errors import RecordError
 from kernel.ids import Ids, Texts
 from kernel.plain import item_layout
 from model.bundle import Bundle, open_bundle
-from model.datasets.columns import Source, read_ids
-from model.errors import DataError, RankTowerError
+from model.errors import RankTowerError
 from model.features import FeatureSpec
 from model.tower import Tower
 
@@ -59,6 +59,7 @@ READ_ENTRIES = 64  # embedded together, at most
 LOOK_S = 1.0  # how often the releases are looked at
 POLL_S = 0.05  # how often the log is
 TELL_S = 60.0
+REASON = 500  # characters of a dead letter's reason
 SAFE = 65_504.0  # the largest f16: a record within it can be stored in every type
 
 log = logging.getLogger(__name__)
@@ -78,72 +79,132 @@ class Read:
 
 
 def read_entry(entry: Entry, bundle: Bundle) -> Read:
-    """Decode and encode; rows that the bundle cannot encode are dead, each with its reason."""
-    change = decode_change(entry)
-    if isinstance(change, Deleted):
-        if isinstance(change.ids, Texts) == (bundle.spec.item_id_type == "string"):
-            return Read(entry=entry, ids=change.ids)
+    """Decode and encode. What the bundle cannot take is dead, with its reason: single rows, or all of an entry."""
+    try:
+        change = decode_change(entry)
+        if isinstance(change, Deleted):
+            return _read_ids(entry, change.ids, bundle)
+        return _read_rows(entry, change, bundle)
+    except Exception as error:  # any: read again it would fail again, and nothing behind it would ever be embedded
+        return _all_dead(
+            entry, bundle, [None], f"{_place(entry)} cannot be read ({_told(error)}): use `ranktower update`"
+        )
+
+
+def _read_ids(entry: Entry, ids: Ids, bundle: Bundle) -> Read:
+    if isinstance(ids, Texts) != (bundle.spec.item_id_type == "string"):
         reason = f"deletes ids of another type than {bundle.spec.item_id_type}, which the bundle was trained with"
-        return _all_dead(entry, bundle, change.ids.tolist(), reason)
-    return _read_rows(entry, change, bundle)
+        return _all_dead(entry, bundle, ids.tolist(), reason)
+    return _without(Read(entry=entry, ids=ids), _wrong_ids(ids), bundle)
 
 
 def _read_rows(entry: Entry, change: Upserted, bundle: Bundle) -> Read:
-    place = Path(f"changes at {entry.position}")
+    place, spec = _place(entry), bundle.spec
+    table = pa.ipc.open_stream(change.rows).read_all()
+    name = (table.schema.metadata or {})[ID_COLUMN].decode()
     try:
-        table = pa.ipc.open_stream(change.rows).read_all()
-        name = (table.schema.metadata or {})[ID_COLUMN].decode()
-    except (pa.ArrowException, KeyError) as error:
-        return _all_dead(entry, bundle, [None], f"{place}: no rows with ids ({error!r}): use `ranktower update`")
+        check_columns(place, table.column_names, name, spec)
+        table = table.select([*{name, *(column_of(field.name, spec, name) for field in spec.item_fields)}])
+        table.validate(full=True)  # Arrow trusts the offsets and texts that it is given
+        ids, features, reasons = _readable(place, table, spec, name)
+    except Exception as error:  # as above; here the items can be named
+        return _all_dead(entry, bundle, _shown(table, name), _told(error))
+    dead = tuple(_letter(entry, bundle, _shown(table.slice(row, 1), name)[0], reasons[row]) for row in reasons)
+    return _without(Read(entry=entry, ids=ids, features=features, dead=dead), _wrong_ids(ids), bundle)
+
+
+def _readable(
+    place: Path, table: pa.Table, spec: FeatureSpec, name: str
+) -> tuple[Ids, NDArray[np.int32], dict[int, str]]:
+    """Ids and features of the rows that can be read, and the reasons of the others.
+
+    Raises where none can, because of a column's type.
+    """
     try:
-        ids = read_ids(Source(place, table), name)
-        check_ids(place, ids, name, bundle.spec)
-        check_columns(place, table.column_names, name, bundle.spec)
-        features, reasons = _encoded(place, table, bundle.spec, name)
-    except DataError as error:
-        shown = [item if isinstance(item, (int, str)) else None for item in table[name].to_pylist()]
-        return _all_dead(entry, bundle, shown, str(error))
-    dead = (
-        DeadLetter(bundle_id=bundle.id, position=entry.position, id=ids[row].as_py(), reason=reason)
-        for row, reason in reasons.items()
-    )
-    kept = [row for row in range(len(ids)) if row not in reasons]
-    return Read(entry=entry, ids=as_ids(ids.take(pa.array(kept, pa.int64()))), features=features, dead=tuple(dead))
+        return *read_rows(place, table, spec, name), {}
+    except Exception:  # as above
+        read_rows(place, table.slice(0, 0), spec, name)
+    reasons = dict(_wrong_rows(place, table, spec, name, 0))
+    kept = [row for row in range(len(table)) if row not in reasons]
+    return *read_rows(place, table.take(pa.array(kept, pa.int64())), spec, name), reasons
+
+
+def _wrong_rows(place: Path, table: pa.Table, spec: FeatureSpec, name: str, start: int) -> Iterator[tuple[int, str]]:
+    """Rows that cannot be read, with the reason: found by halving, for most tables have none."""
+    try:
+        read_rows(place, table, spec, name, start)
+    except Exception as error:  # as above
+        half = len(table) // 2
+        if half == 0:
+            yield start, _told(error)
+        else:
+            yield from _wrong_rows(place, table.slice(0, half), spec, name, start)
+            yield from _wrong_rows(place, table.slice(half), spec, name, start + half)
+
+
+def _wrong_ids(ids: Ids) -> dict[int, str]:
+    """Places of ids that no table may hold, with the reason."""
+    if not isinstance(ids, Texts):
+        return {}
+    wrong = {
+        row: f"its id has {ids.sizes[row]:,} bytes: a text id has 1 to {MAX_ID_BYTES:,}"
+        for row in np.flatnonzero(~may_hold(ids)).tolist()
+    }
+    for row, raw in enumerate(_octets(ids)):
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            wrong[row] = f"its id is no text: {error}"
+    return wrong
+
+
+def _without(read: Read, wrong: dict[int, str], bundle: Bundle) -> Read:
+    """The same, some of its rows dead."""
+    if not wrong:
+        return read
+    assert isinstance(read.ids, Texts)
+    fits = np.array([row not in wrong for row in range(len(read.ids))], np.bool_)
+    shown = [raw.decode(errors="replace") for raw in _octets(read.ids)]
+    dead = (_letter(read.entry, bundle, shown[row], reason) for row, reason in wrong.items())
+    features = None if read.features is None else read.features[fits]
+    return Read(entry=read.entry, ids=read.ids[fits], features=features, dead=(*read.dead, *dead))
+
+
+def _octets(ids: Texts) -> list[bytes]:
+    places = zip(ids.starts.tolist(), (ids.starts + ids.sizes).tolist(), strict=True)
+    return [bytes(ids.data[start:end]) for start, end in places]
 
 
 def _all_dead(entry: Entry, bundle: Bundle, ids: list[Any], reason: str) -> Read:
     none: Ids = Texts.of([]) if bundle.spec.item_id_type == "string" else np.empty(0, np.int64)
-    letters = (DeadLetter(bundle_id=bundle.id, position=entry.position, id=item, reason=reason) for item in ids)
-    return Read(entry=entry, ids=none, dead=tuple(letters))
+    return Read(entry=entry, ids=none, dead=tuple(_letter(entry, bundle, item, reason) for item in ids or [None]))
 
 
-def _encoded(place: Path, table: pa.Table, spec: FeatureSpec, name: str) -> tuple[NDArray[np.int32], dict[int, str]]:
-    """Encoded rows (m, item width), and the rows that cannot be encoded, with the reason.
+def _letter(entry: Entry, bundle: Bundle, item: Any, reason: str) -> DeadLetter:
+    known = item if isinstance(item, (int, str)) and not isinstance(item, bool) else None
+    shown = _cut(known, MAX_ID_BYTES) if isinstance(known, str) else known
+    return DeadLetter(bundle_id=bundle.id, position=entry.position, id=shown, reason=_cut(reason, REASON))
 
-    Raises DataError where none can, because of a column's type.
-    """
+
+def _shown(table: pa.Table, name: str) -> list[Any]:
+    """Ids as far as they can be read."""
     try:
-        return encode_rows(place, table, spec, name), {}
-    except DataError:
-        encode_rows(place, table.slice(0, 0), spec, name)
-    found = list(_halved(place, table, spec, name, 0))
-    features = [np.empty((0, spec.item_width), np.int32), *(rows for _, rows in found if not isinstance(rows, str))]
-    return np.concatenate(features), {row: reason for row, reason in found if isinstance(reason, str)}
+        found: list[Any] = table[name].to_pylist()
+    except (KeyError, ValueError, pa.ArrowException):
+        return [None]
+    return found
 
 
-def _halved(
-    place: Path, table: pa.Table, spec: FeatureSpec, name: str, start: int
-) -> Iterator[tuple[int, NDArray[np.int32] | str]]:
-    """Runs of encoded rows, or a row's reason, each with its first row."""
-    try:
-        yield start, encode_rows(place, table, spec, name, start)
-    except DataError as error:
-        half = table.num_rows // 2
-        if half == 0:
-            yield start, str(error)
-        else:
-            yield from _halved(place, table.slice(0, half), spec, name, start)
-            yield from _halved(place, table.slice(half), spec, name, start + half)
+def _place(entry: Entry) -> Path:
+    return Path(f"changes at {entry.position}")
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, RankTowerError) else repr(error)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 # --- one bundle ------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from cache.errors import StoreError
 from cache.file_store import FileStore
 from cache.follow import Follower
 from cache.intake import append_deletes, append_items, item_rows
+from cache.redis_store import RedisStore
 from cache.release import BUNDLE, ITEMS
 from cache.store import ReleaseStore, open_store
 from cache.updater import Updater, resume
@@ -400,8 +401,128 @@ def test_an_entry_without_rows_is_dead(plain: Shop, store: FileStore, tmp_path: 
     with Updater(store, tmp_path / "cache") as updater:
         assert updater.catch_up() == 2
     assert [item for item, _ in dead(store)] == [None]
-    assert "no rows with ids" in dead(store)[0][1]
+    assert "cannot be read" in dead(store)[0][1]
     assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [5]
+
+
+def stream(table: pa.Table, id_column: str = "item_id") -> bytes:
+    """An entry of rows, as any program may append it."""
+    sink = pa.BufferOutputStream()
+    schema = pa.schema(table.schema, metadata={"ranktower_id_column": id_column})
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(table.cast(schema))
+    return b"U" + sink.getvalue().to_pybytes()
+
+
+def twin(table: pa.Table, column: str) -> pa.Table:
+    return table.append_column(column, table[column])
+
+
+def no_utf8(table: pa.Table, column: str) -> pa.Table:
+    """The column holds text that is none."""
+    wrong = pa.array([b"\xff"] * len(table), pa.binary()).view(pa.string())
+    return table.set_column(table.column_names.index(column), column, wrong)
+
+
+DELETE_5 = encode_change(Deleted(np.array([5])))
+MALFORMED: dict[str, tuple[Any, str]] = {  # of the first three rows: the entry, and what the reason says
+    "empty": (lambda _: b"", "begins with b''"),
+    "unknown": (lambda _: b"Zzzz", "begins with b'Zzzz'"),
+    "cut rows": (lambda table: stream(table)[:-200], "cannot be read"),
+    "a column twice": (lambda table: stream(twin(table, "price")), 'Field "price" exists 2 times'),
+    "the ids twice": (lambda table: stream(twin(table, "item_id")), 'Field "item_id" exists 2 times'),
+    "no such ids": (lambda table: stream(table, "who"), "has no column"),
+    "no text": (lambda table: stream(no_utf8(table, "category")), "Invalid UTF8"),
+    "ids that are no text": (lambda table: stream(no_utf8(table, "item_id")), "Invalid UTF8"),
+    "booleans for ids": (
+        lambda table: stream(table.set_column(0, "item_id", pa.array([True] * 3))),
+        "ids are integers",
+    ),
+    "deletion, cut": (lambda _: DELETE_5[:-3], "cannot be read"),
+    "deletion, nothing": (lambda _: b"D", "cannot be read"),
+    "deletion, a kind": (lambda _: b"Dq" + DELETE_5[2:], "kind b'q'"),
+    "deletion, a text cut": (lambda _: encode_change(Deleted(Texts.of(["abcdefghi"])))[:-9], "cannot be read"),
+    "deletion, no text": (
+        lambda _: encode_change(Deleted(Texts.of(["ab"]))).replace(b"ab", b"\xffb"),
+        "cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_entry_is_dead_and_blocks_nothing(plain: Shop, store: FileStore, tmp_path: Path, name: str) -> None:
+    table = pq.read_table(plain.items)
+    made, reason = MALFORMED[name]
+    publish(store, plain.bundle, plain.items)
+    store.log(CHANGES).append([made(table.slice(0, 3))])
+    append_deletes(store, np.array([7]))
+    with Updater(store, tmp_path / "cache") as updater:
+        updater.catch_up()
+    assert dead(store)
+    assert all(reason in said for _, said in dead(store)), dead(store)
+    found = folded(store, open_bundle(plain.bundle), 0)
+    assert (found.deleted.tolist(), len(found.ids)) == ([7], 0)
+    assert found.watermark == store.log(CHANGES).last()
+    assert run("update", "--dead", "--store", store.url) != "nothing"
+    assert "published" in run("publish", "--bundle", plain.bundle, "--items", plain.items, "--store", store.url)
+
+
+def test_an_entry_of_another_program_is_dead(
+    plain: Shop, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = RedisStore(f"{redis_url}?prefix=foreign")
+    publish(store, plain.bundle, plain.items)
+    store._client.xadd("foreign:changes", {"who": "knows"})
+    append_deletes(store, np.array([7]))
+    with Updater(store, tmp_path / "cache") as updater:
+        updater.catch_up()
+    assert [item for item, _ in dead(store)] == [None]
+    assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [7]
+
+
+def test_rows_with_wrong_ids_are_dead_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shop = open_shop(tmp_path / "texts", items=40, string_ids=True)
+    store, table = FileStore(f"file://{tmp_path}/store"), pq.read_table(shop.items).slice(0, 5)
+    publish(store, shop.bundle, shop.items)
+    ids = ["a", "", None, "x" * 1025, "b"]
+    rows = table.set_column(0, "item_id", pa.array(ids))
+    gone = encode_change(Deleted(Texts.of(["c", "y" * 2000, "", "d!", "e"]))).replace(b"d!", b"d\xff")
+    store.log(CHANGES).append([stream(rows), gone])
+    with Updater(store, tmp_path / "cache") as updater:
+        updater.catch_up()
+    found = folded(store, open_bundle(shop.bundle), 0)
+    assert (found.ids.tolist(), found.deleted.tolist()) == (["a", "b"], ["c", "e"])
+    said = dict(dead(store))
+    assert len(dead(store)) == 6
+    assert "row 2 (from 0): is null" in said[None]
+    assert said["x" * 1024 + "..."] == "its id has 1,025 bytes: a text id has 1 to 1,024"
+    assert said["y" * 1024 + "..."] == "its id has 2,000 bytes: a text id has 1 to 1,024"
+    assert said[""] == "its id has 0 bytes: a text id has 1 to 1,024"
+    assert "its id is no text" in said["d\ufffd"]
+
+
+def test_ids_that_no_item_can_have_are_not_appended(shop: Shop, store: FileStore) -> None:
+    publish(store, shop.bundle, shop.items)
+    if shop.spec.item_id_type == "string":
+        with pytest.raises(DataError, match=r"id 'x+' has 2,000 bytes of UTF-8: a text id has 1 to 1,024"):
+            run("update", "--delete-ids", "fine," + "x" * 2000, "--store", store.url)
+        assert store.log(CHANGES).last() == 0
+    else:
+        assert "appended 2 deletions" in run("update", "--delete-ids", f"{2**63 - 1},{-(2**63)}", "--store", store.url)
+
+
+def test_a_column_that_comes_twice_is_refused_though_no_bundle_reads_it(
+    plain: Shop, store: FileStore, tmp_path: Path
+) -> None:
+    publish(store, plain.bundle, plain.items)
+    table = pq.read_table(plain.items)
+    brands = pa.array(["b"] * len(table))
+    twice = write(tmp_path / "twice.parquet", table.append_column("brand", brands).append_column("brand", brands))
+    with pytest.raises(DataError, match=r"twice.parquet has 2 columns 'brand': keep or rename one"):
+        run("update", "--items", twice, "--store", store.url)
+    assert store.log(CHANGES).last() == 0
 
 
 def test_deletions_of_another_type_of_ids_are_dead(plain: Shop, store: FileStore, tmp_path: Path) -> None:

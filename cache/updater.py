@@ -189,6 +189,7 @@ def _letter(entry: Entry, bundle: Bundle, item: Any, reason: str) -> DeadLetter:
 def _shown(table: pa.Table, name: str) -> list[Any]:
     """Ids as far as they can be read."""
     try:
+        table[name].validate(full=True)  # a damaged one would end the process
         found: list[Any] = table[name].to_pylist()
     except (KeyError, ValueError, pa.ArrowException):
         return [None]

@@ -22,7 +22,19 @@ import pytest
 from typer.testing import CliRunner
 
 from cache import updater as room
-from cache.changes import CHANGES, DEAD, Deleted, Embedded, Upserted, decode_dead, encode_change, encode_embedded
+from cache.changes import (
+    CHANGES,
+    DEAD,
+    Deleted,
+    Embedded,
+    Entry,
+    Upserted,
+    decode_dead,
+    decode_embedded,
+    encode_change,
+    encode_dead,
+    encode_embedded,
+)
 from cache.cli import app
 from cache.errors import StoreError
 from cache.file_store import FileStore
@@ -31,7 +43,7 @@ from cache.intake import append_deletes, append_items, item_rows
 from cache.redis_store import RedisStore
 from cache.release import BUNDLE, ITEMS
 from cache.store import ReleaseStore, open_store
-from cache.updater import Updater, resume
+from cache.updater import Updater, read_entry, resume
 from kernel.ids import Texts
 from model.bundle import Bundle, open_bundle, seal_bundle
 from model.errors import DataError
@@ -465,6 +477,27 @@ def test_a_malformed_entry_is_dead_and_blocks_nothing(plain: Shop, store: FileSt
     assert found.watermark == store.log(CHANGES).last()
     assert run("update", "--dead", "--store", store.url) != "nothing"
     assert "published" in run("publish", "--bundle", plain.bundle, "--items", plain.items, "--store", store.url)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_damage_of_an_entry_ends_the_updater(shop: Shop, seed: int) -> None:
+    """Octets changed or cut off: what comes of it can be written to the logs and read again."""
+    rng, bundle = random.Random(seed), open_bundle(shop.bundle)
+    table = pq.read_table(shop.items).slice(0, 40)
+    ids = Texts.of(["abc", "d"]) if shop.spec.item_id_type == "string" else np.array([1, 2])
+    whole, lost = [stream(table), encode_change(Deleted(ids))], 0
+    for position in range(1, 1000):
+        payload = bytearray(whole[position % 4 == 0])
+        for _ in range(rng.choice([1, 1, 2, 5, 20])):
+            payload[rng.randrange(len(payload))] = rng.choice([0, 255, rng.randrange(256)])
+        size = rng.choice([len(payload), len(payload), rng.randrange(len(payload))])
+        read = read_entry(Entry(position, 0, bytes(payload[:size])), bundle)
+        assert decode_dead(Entry(1, 0, encode_dead(read.dead))) == [*read.dead]
+        made = Embedded(since=0, after=0, until=1, ids=read.ids, records=None)
+        assert decode_embedded(Entry(1, 0, encode_embedded(made))).ids.tolist() == read.ids.tolist()
+        assert read.features is None or len(read.features) == len(read.ids)
+        lost += bool(read.dead)
+    assert 100 < lost < 999
 
 
 def test_an_entry_of_another_program_is_dead(

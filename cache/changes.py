@@ -12,8 +12,10 @@ behind it concern that release.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -171,15 +173,36 @@ class DeadLetter:
     reason: str
 
 
-def encode_dead(letters: Sequence[DeadLetter]) -> bytes:
-    return msgspec.json.encode(letters)
+class _Dead(msgspec.Struct):
+    """Letters in a row that differ in their ids alone: a reason is long."""
+
+    bundle_id: str
+    position: int
+    reason: str
+    ids: list[int | str | None]
+
+
+def encode_dead(letters: Sequence[DeadLetter]) -> list[bytes]:
+    """Entries of the log `dead`, each far below the largest."""
+    parts = (letters[start : start + ENTRY_ROWS] for start in range(0, len(letters), ENTRY_ROWS))
+    return [msgspec.json.encode([*_grouped(part)]) for part in parts]
+
+
+def _grouped(letters: Sequence[DeadLetter]) -> Iterator[_Dead]:
+    for (bundle_id, position, reason), same in groupby(letters, attrgetter("bundle_id", "position", "reason")):
+        yield _Dead(bundle_id, position, reason, [letter.id for letter in same])
 
 
 def decode_dead(entry: Entry) -> list[DeadLetter]:
     try:
-        return msgspec.json.decode(entry.payload, type=list[DeadLetter])
+        found = msgspec.json.decode(entry.payload, type=list[_Dead])
     except msgspec.MsgspecError as error:
         raise _unknown(DEAD, entry) from error
+    return [
+        DeadLetter(bundle_id=each.bundle_id, position=each.position, id=item, reason=each.reason)
+        for each in found
+        for item in each.ids
+    ]
 
 
 def _unknown(log: str, entry: Entry) -> StoreError:

@@ -27,6 +27,7 @@ from cache.catalogue import check_columns, column_of, read_rows
 from cache.changes import (
     CHANGES,
     DEAD,
+    ENTRY_ROWS,
     ChangeLog,
     DeadLetter,
     Deleted,
@@ -91,7 +92,14 @@ def read_entry(entry: Entry, bundle: Bundle) -> Read:
         )
 
 
+def _check_size(rows: int) -> None:
+    """So that what is made of it, records or dead letters, fits an entry, too."""
+    if rows > ENTRY_ROWS:
+        raise StoreError(f"{rows:,} changes in one entry, {ENTRY_ROWS:,} at most")
+
+
 def _read_ids(entry: Entry, ids: Ids, bundle: Bundle) -> Read:
+    _check_size(len(ids))
     if isinstance(ids, Texts) != (bundle.spec.item_id_type == "string"):
         reason = f"deletes ids of another type than {bundle.spec.item_id_type}, which the bundle was trained with"
         return _all_dead(entry, bundle, ids.tolist(), reason)
@@ -101,6 +109,7 @@ def _read_ids(entry: Entry, ids: Ids, bundle: Bundle) -> Read:
 def _read_rows(entry: Entry, change: Upserted, bundle: Bundle) -> Read:
     place, spec = _place(entry), bundle.spec
     table = pa.ipc.open_stream(change.rows).read_all()
+    _check_size(len(table))
     name = (table.schema.metadata or {})[ID_COLUMN].decode()
     try:
         check_columns(place, table.column_names, name, spec)
@@ -280,7 +289,7 @@ class Line:
             stretches.append(encode_embedded(made))
             after = until
         if letters:  # first, so that no row is lost without a word
-            append_all(dead, [encode_dead(letters)])
+            append_all(dead, encode_dead(letters))
         self.end = append_all(self.records, stretches)
         self.at = after
         return len(letters)

@@ -412,7 +412,19 @@ def test_entries_come_back_as_they_were(ids: Ids) -> None:
             np.testing.assert_array_equal(found.records, each)
     assert decode_change(Entry(1, 0, encode_change(Upserted(b"rows")))) == Upserted(b"rows")
     letters = [DeadLetter(bundle_id="b", position=9, id=item, reason="r") for item in (1, "x", None)]
-    assert decode_dead(Entry(1, 0, encode_dead(letters))) == letters
+    (payload,) = encode_dead(letters)
+    assert decode_dead(Entry(1, 0, payload)) == letters
+    many = [DeadLetter(bundle_id="b", position=9, id=item, reason=f"r{item // 3}") for item in range(2_500)]
+    payloads = encode_dead(many)
+    assert len(payloads) == 3
+    assert [letter for payload in payloads for letter in decode_dead(Entry(1, 0, payload))] == many
+    assert encode_dead([]) == []
+
+
+def test_a_reason_that_many_share_is_written_once() -> None:
+    letters = [DeadLetter(bundle_id="b", position=9, id=item, reason="r" * 500) for item in range(1_000)]
+    (payload,) = encode_dead(letters)
+    assert len(payload) < 6_000
 
 
 @pytest.mark.parametrize("decode", [decode_change, decode_embedded, decode_dead])

@@ -417,6 +417,24 @@ def test_an_entry_without_rows_is_dead(plain: Shop, store: FileStore, tmp_path: 
     assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [5]
 
 
+def test_many_dead_changes_of_many_columns_are_written(
+    plain: Shop, store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told with all their columns for each row, they would be larger than an entry may be."""
+    monkeypatch.setattr("cache.file_log.ENTRY_BYTES", 50_000)
+    publish(store, plain.bundle, plain.items)
+    table = pq.read_table(plain.items).drop_columns(["price"])
+    for number in range(70):
+        table = table.append_column(f"another column, the {number}th of many", pa.nulls(len(table), pa.int8()))
+    store.log(CHANGES).append([stream(table.slice(start, 20)) for start in range(0, 400, 20)])
+    append_deletes(store, np.array([7]))
+    with Updater(store, tmp_path / "cache") as updater:
+        updater.catch_up()
+    assert [item for item, _ in dead(store)] == table["item_id"].to_pylist()
+    assert {len(reason) < 600 and "has no column 'price'" in reason for _, reason in dead(store)} == {True}
+    assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [7]
+
+
 def stream(table: pa.Table, id_column: str = "item_id") -> bytes:
     """An entry of rows, as any program may append it."""
     sink = pa.BufferOutputStream()
@@ -440,6 +458,11 @@ DELETE_5 = encode_change(Deleted(np.array([5])))
 MALFORMED: dict[str, tuple[Any, str]] = {  # of the first three rows: the entry, and what the reason says
     "empty": (lambda _: b"", "begins with b''"),
     "unknown": (lambda _: b"Zzzz", "begins with b'Zzzz'"),
+    "too many rows": (
+        lambda table: stream(pa.concat_tables([table] * 334)),
+        "1,002 changes in one entry, 1,000 at most",
+    ),
+    "too many ids": (lambda _: encode_change(Deleted(np.arange(5_000))), "5,000 changes in one entry, 1,000 at most"),
     "cut rows": (lambda table: stream(table)[:-200], "cannot be read"),
     "a column twice": (lambda table: stream(twin(table, "price")), 'Field "price" exists 2 times'),
     "the ids twice": (lambda table: stream(twin(table, "item_id")), 'Field "item_id" exists 2 times'),
@@ -492,7 +515,7 @@ def test_no_damage_of_an_entry_ends_the_updater(shop: Shop, seed: int) -> None:
             payload[rng.randrange(len(payload))] = rng.choice([0, 255, rng.randrange(256)])
         size = rng.choice([len(payload), len(payload), rng.randrange(len(payload))])
         read = read_entry(Entry(position, 0, bytes(payload[:size])), bundle)
-        assert decode_dead(Entry(1, 0, encode_dead(read.dead))) == [*read.dead]
+        assert [each for part in encode_dead(read.dead) for each in decode_dead(Entry(1, 0, part))] == [*read.dead]
         made = Embedded(since=0, after=0, until=1, ids=read.ids, records=None)
         assert decode_embedded(Entry(1, 0, encode_embedded(made))).ids.tolist() == read.ids.tolist()
         assert read.features is None or len(read.features) == len(read.ids)

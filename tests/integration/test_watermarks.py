@@ -164,7 +164,7 @@ def test_the_lowest_watermark_bounds_every_log(
         updater.catch_up()
     letters = [DeadLetter(bundle_id="b", position=position, id=1, reason="r") for position in positions]
     for letter in letters:
-        store.log(DEAD).append([encode_dead([letter])])
+        store.log(DEAD).append(encode_dead([letter]))
     store.log("records/gone").append([b"of a bundle that no release has"])
     said = run("releases", "prune", "--keep", 9, "--store", store.url)
     assert said == (

@@ -154,7 +154,7 @@ def test_dead_changes_of_the_bundle_are_counted(
         DeadLetter(bundle_id=bundle, position=position, id=1, reason="r")
         for bundle, position in ((made.bundle.id, 6), (made.bundle.id, 5), ("other", 7), (made.bundle.id, 8))
     ]
-    store.log(DEAD).append([encode_dead(letters)])
+    store.log(DEAD).append(encode_dead(letters))
     for _ in range(2):
         assert subject.bring(made.folder, tmp_path).dead == 2
 

@@ -399,7 +399,7 @@ def test_a_started_refresher_follows_changes_and_counts_the_dead(store: Flaky, t
     with started(refresher(store, tmp_path)) as until:
         until(serves(release))
         embedded(store, made, 0, 3, [100])
-        store.log(DEAD).append([encode_dead([letter])])
+        store.log(DEAD).append(encode_dead([letter]))
         until(lambda standing: standing.ranker.watermark == 3 and standing.dead == 1)
 
 

@@ -140,10 +140,10 @@ def publish(
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
         contained = watermark_of(target, items, watermark)
+        wanted: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column}
         if dry_run:
             table = _published_users(target, bundle, cache)
-            wanted = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column, "workers": workers}
-            _plan(target, bundle, items, table, before, progress=report, **wanted)
+            _plan(target, bundle, items, table, before, progress=report, workers=workers, **wanted)
             return
         target.check_writable()
         order = _order(bundle, items, [kind, dtype, id_column, str(log), previous and before and before.id, watermark])
@@ -155,14 +155,11 @@ def publish(
                     bundle,
                     items,
                     built,
-                    index=kind,
-                    dtype=dtype,
                     users=table or _published_users(target, bundle, cache),
-                    previous=previous,
-                    id_column=id_column,
                     watermark=contained,
                     engine=embedding,
                     progress=report,
+                    **wanted,
                 )
             sent = _send(target, built, report)
             _catch_up(target, sent.release, cache, report)
@@ -688,29 +685,44 @@ def _append(
 
 def _embed(store: ReleaseStore, cache: Path, workers: int | None) -> None:
     """Bring the records of all live bundles up to date and say so."""
-    from cache.updater import Updater
+    from cache.updater import Updater, dead_told
 
     with Updater(store, cache / UPDATES, workers=workers, tell=_tell) as updater:
         updater.catch_up()
-    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in updater.lines.items())
-    count = len(updater.lines)
+    lines = {bundle_id: line for bundle_id, line in updater.lines.items() if bundle_id not in updater.problems}
+    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in lines.items())
+    count = len(lines)
     console.print(f"embedded for {count} bundle{'s' * (count != 1)}: {places}")
     if updater.dead:
-        console.print(f"{updater.dead:,} changes could not be embedded: see `ranktower update --dead`")
+        console.print(dead_told(updater.dead))
+    if updater.problems:
+        raise StoreError(f"not for every bundle: {'; '.join(updater.problems.values())}")
 
 
 def _catch_up(store: ReleaseStore, release: Release, cache: Path, report: Report) -> None:
-    """Embed the changes behind the watermark of a release, before it is activated."""
+    """Embed the changes behind the watermark of a release, before it is activated.
+
+    Raises StoreError unless all that were there at the beginning are embedded then.
+    """
     from cache.updater import Updater
 
     check_watermark(store, release.watermark, f"release {release.id}")
-    if store.log(CHANGES).last() > release.watermark:
+    end = store.log(CHANGES).last()
+    if end > release.watermark:
         with Updater(store, cache / UPDATES, only=release.bundle_id, tell=_tell) as updater:
             updater.look()
             done = 0
             while step := updater.step():
                 done += step
                 report("updates", done, done)
+        line = updater.lines.get(release.bundle_id)
+        at = max(release.watermark, line.at if line else 0)
+        if at < end or updater.problems:
+            reason = "; ".join(updater.problems.values()) or "its release is gone, or damaged"
+            raise StoreError(
+                f"release {release.id} is in the store and was not activated: the updates behind it are embedded up to "
+                f"position {at} of {end}: {reason}"
+            )
 
 
 def _follow(store: ReleaseStore, cache: Path, workers: int | None) -> None:

@@ -262,11 +262,11 @@ class Line:
 
     def follow(self, infos: list[ReleaseInfo]) -> None:
         """See to the releases that are live now, and to a log that was deleted meanwhile."""
-        low = min(info.watermark for info in infos)
+        low, end = min(info.watermark for info in infos), self.records.last()
         self.dtypes = frozenset(info.dtype for info in infos)
-        if not self.low <= low <= self.at or self.records.last() < self.end:
-            self.end = self.records.last()
+        if not self.low <= low <= self.at or end < self.end:
             self.since, self.at = resume(self.records, low)
+            self.end = end
         self.low = low
 
     def add(self, read: list[Read], records: NDArray[np.float32], dead: ChangeLog) -> int:
@@ -317,7 +317,7 @@ class Line:
 class Updater:
     """Keeps the logs of records of all live bundles, or of one, up with the log of changes.
 
-    `tell` hears of what goes wrong with a bundle, once; the others go on.
+    `tell` hears of what goes wrong with a bundle, once; it is tried again at the next look, the others go on.
     """
 
     def __init__(
@@ -333,7 +333,9 @@ class Updater:
         self._changes, self._dead = store.log(CHANGES), store.log(DEAD)
         self._workers = workers or os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._workers)
-        self._said: dict[str, str] = {}  # the last problem, by bundle
+        self._said = ""  # the last problem with the store
+        self._resting: set[str] = set()  # bundles that failed since they were looked at
+        self.problems: dict[str, str] = {}  # by bundle: why not all is embedded
         self.lines: dict[str, Line] = {}  # by bundle
         self.dead = 0  # changes that could not be embedded
 
@@ -344,12 +346,13 @@ class Updater:
         self._pool.shutdown()
 
     def look(self) -> None:
-        """See which bundles are live."""
+        """See which bundles are live. Raises StoreError where that cannot be seen."""
         live: dict[str, list[ReleaseInfo]] = {}
         for info in self._store.list():
             if not info.damage and self._only in (None, info.bundle_id):
                 live.setdefault(info.bundle_id, []).append(info)
         self.lines = {bundle_id: line for bundle_id, line in self.lines.items() if bundle_id in live}
+        self.problems = {bundle_id: problem for bundle_id, problem in self.problems.items() if bundle_id in live}
         for bundle_id, infos in live.items():
             try:
                 if bundle_id in self.lines:
@@ -357,17 +360,28 @@ class Updater:
                 else:
                     self.lines[bundle_id] = self._open(infos)
                 self._check_end(self.lines[bundle_id])
-                self._said.pop(bundle_id, None)
-            except RankTowerError as error:
-                self._say(bundle_id, f"bundle {bundle_id} gets no updates: {error}")
+                self._resting.discard(bundle_id)
+            except Exception as error:  # whatever is wrong with it, the others go on
+                self._rest(bundle_id, error)
         self._store.drop_cached(self._cache_dir, {line.release_id for line in self.lines.values()})
 
     def step(self) -> int:
-        """Embed the next entries for each bundle; returns how many changes that were, 0 once all is done."""
-        return sum(self._advance(line) for line in self.lines.values())
+        """Embed the next entries for each bundle; returns how many changes that were, 0 once nothing is left to do."""
+        done = 0
+        for bundle_id, line in self.lines.items():
+            if bundle_id not in self._resting:
+                try:
+                    done += self._advance(line)
+                    self.problems.pop(bundle_id, None)
+                except Exception as error:  # as above
+                    self._rest(bundle_id, error)
+        return done
 
     def catch_up(self) -> int:
-        """Embed all that there is, once; returns how many changes that were, summed over bundles."""
+        """Embed all that there is, once; returns how many changes that were, summed over bundles.
+
+        `problems` says then for which bundles it is not all.
+        """
         self.look()
         done = 0
         while step := self.step():
@@ -375,20 +389,26 @@ class Updater:
         return done
 
     def run(self, stopping: Event) -> None:
-        """Go on until told to stop, whatever fails; tell of the state once a minute."""
-        look_at, tell_at, done = 0.0, monotonic() + TELL_S, 0
+        """Go on until told to stop, whatever fails; tell of the state, and of dead changes, at most once a minute."""
+        look_at, tell_at, dead_at, done, dead = 0.0, monotonic() + TELL_S, 0.0, 0, self.dead
         while not stopping.is_set():
             try:
                 if monotonic() >= look_at:
                     self.look()
                     look_at = monotonic() + LOOK_S
                 handled = self.step()
-                self._said.pop("", None)
+                self._said = ""
             except Exception as error:  # whatever the store's client raises, this process lives on
-                self._say("", f"trying again every {STORE_PAUSE_S:g} s: {error}")
+                problem = f"trying again every {STORE_PAUSE_S:g} s: {error}"
+                if problem != self._said:
+                    self._tell(problem)
+                self._said = problem
                 stopping.wait(STORE_PAUSE_S)
                 continue
             done += handled
+            if self.dead > dead and monotonic() >= dead_at:
+                self._tell(dead_told(self.dead - dead))
+                dead, dead_at = self.dead, monotonic() + TELL_S
             if monotonic() >= tell_at:
                 self._tell(f"{done:,} changes embedded in the last minute; {self.state()}")
                 tell_at, done = monotonic() + TELL_S, 0
@@ -438,7 +458,14 @@ class Updater:
         self.dead += line.add(read, records, self._dead)
         return max(1, sum(len(each.ids) + len(each.dead) for each in read))
 
-    def _say(self, about: str, problem: str) -> None:
-        if self._said.get(about) != problem:
+    def _rest(self, bundle_id: str, error: Exception) -> None:
+        """Leave the bundle alone until the next look."""
+        self._resting.add(bundle_id)
+        problem = f"bundle {bundle_id} gets no updates: {_told(error)}"
+        if self.problems.get(bundle_id) != problem:
             self._tell(problem)
-            self._said[about] = problem
+            self.problems[bundle_id] = problem
+
+
+def dead_told(count: int) -> str:
+    return f"{count:,} change{'s' * (count != 1)} could not be embedded: see `ranktower update --dead`"

@@ -301,7 +301,7 @@ def test_a_record_that_a_live_release_cannot_hold_is_dead(
     ids = part["item_id"].to_pylist()
     found, shown = folded(store, open_bundle(path), 0), run("update", "--dead", "--store", store.url)
     if reason:
-        assert "1 changes could not be embedded: see `ranktower update --dead`" in said
+        assert "1 change could not be embedded: see `ranktower update --dead`" in said
         assert found.ids.tolist() == [ids[0], ids[2]]
         position = store.log(CHANGES).last()
         assert f"{ids[1]}: its record holds NaN, an infinity or {reason} can" in shown
@@ -605,6 +605,84 @@ def test_a_bundle_that_cannot_be_opened_is_told_of_once_and_others_go_on(
     assert len(said) == 1
     assert "item.onnx has changed since export" in said[0]
     assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [1]
+
+
+def test_a_bundle_that_fails_while_embedding_is_told_of_once_and_others_go_on(
+    plain: Shop, other: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of both it is, and whatever it raises; it goes on once it can."""
+    store, bundles = open_store(url), [open_bundle(plain.bundle), open_bundle(other)]
+    publish(store, plain.bundle, plain.items)
+    publish(store, other, plain.items)
+
+    def fail(*_: object) -> int:
+        raise RuntimeError("no room")
+
+    said: list[str] = []
+    with Updater(store, tmp_path / "cache", tell=said.append) as updater:
+        updater.look()
+        for bad, good in (bundles, bundles[::-1]):
+            with monkeypatch.context() as patched:
+                patched.setattr(updater.lines[bad.id].records, "append", fail)
+                for _ in range(2):
+                    _, position = append_deletes(store, np.array([1]))
+                    assert updater.catch_up() == 1
+                assert until(store, good) == position
+                assert updater.problems == {bad.id: said[-1]}
+            assert updater.catch_up() == 2
+            assert until(store, bad) == position
+            assert not updater.problems
+    assert said == [f"bundle {bad.id} gets no updates: RuntimeError('no room')" for bad in bundles]
+
+
+def test_run_tells_that_changes_are_dead(
+    plain: Shop, store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in a while, whatever comes."""
+    publish(store, plain.bundle, plain.items)
+    table, said, stopping = pq.read_table(plain.items), [], Event()
+    with Updater(store, tmp_path / "cache", tell=said.append) as updater:
+        thread = Thread(target=updater.run, args=(stopping,))
+        thread.start()
+        try:
+            for rows in ([1, 2], [3]):
+                appended(store, with_price(table.slice(0, 9), rows, np.inf), tmp_path)
+                eventually(lambda: until(store, open_bundle(plain.bundle)) == store.log(CHANGES).last())
+        finally:
+            stopping.set()
+            thread.join()
+    assert said == ["2 changes could not be embedded: see `ranktower update --dead`"]
+
+
+@pytest.mark.parametrize("how", ["opening", "embedding"])
+def test_a_release_is_not_activated_without_the_updates_behind_it(
+    plain: Shop, other: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    store = open_store(url)
+    before = publish(store, plain.bundle, plain.items)
+    run("update", "--delete-ids", pq.read_table(plain.items)["item_id"][0].as_py(), "--store", url)
+    end = store.log(CHANGES).last()
+
+    def fail(*_: object, **__: object) -> None:
+        raise StoreError("no room: make some")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "open_bundle" if how == "opening" else "encode_embedded", fail)
+        message = (
+            rf"was not activated: .* up to position \d+ of {end}: bundle {open_bundle(other).id} .*no room: make some"
+        )
+        with pytest.raises(StoreError, match=message):
+            publish(store, other, plain.items)
+        assert store.current() == before
+        (built,) = (tmp_path / "var" / "build").glob("release-*/release")
+        with pytest.raises(StoreError, match=message):
+            run("releases", "push", built, "--store", url)
+        assert store.current() == before
+        with pytest.raises(StoreError, match=r"not for every bundle: bundle .* gets no updates: no room: make some"):
+            run("update", "--delete-ids", 5, "--store", url)
+    assert "current, was" in run("releases", "push", built, "--store", url)
+    found = folded(store, open_bundle(other), watermark_of(store, store.current() or ""))
+    assert found.watermark == store.log(CHANGES).last() > end
 
 
 # --- the verb --------------------------------------------------------------------------------------------------------

@@ -76,6 +76,9 @@ class ChangeLog(Protocol):
     def position_at(self, at_ms: int) -> int:
         """A position that is not before any entry appended at or before that moment, and before all later ones."""
 
+    def now_ms(self) -> int:
+        """Unix time by the clock that entries are stamped with."""
+
     def trim(self, up_to: int) -> None:
         """Give the space back of entries at or before a position. Some may stay, none behind it goes."""
 

@@ -139,7 +139,7 @@ def publish(
         _warn_of_lost_index(before)
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
-        contained = watermark_of(target, items, watermark)
+        contained = _contained(target, items, watermark)
         wanted: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column}
         if dry_run:
             table = _published_users(target, bundle, cache)
@@ -501,6 +501,14 @@ def _warn_of_lost_index(before: ReleaseInfo | None) -> None:
             f"warning: the current release {before.id} has the index {before.index}, this one will have none, and "
             f"without one /v1/retrieve answers nothing: give --index {before.index}, or --index none if that is meant"
         )
+
+
+def _contained(store: ReleaseStore, items: Path, given: int | None) -> int:
+    """The watermark of a release of these items, said, so that a wrong one is seen."""
+    watermark = watermark_of(store, items, given)
+    if watermark:
+        console.print(f"{items} is taken to contain the updates up to position {watermark}", markup=False)
+    return watermark
 
 
 def _plan(

@@ -27,6 +27,7 @@ local id
 for place = 2, #ARGV do id = redis.call('XADD', KEYS[1], '*', ARGV[1], ARGV[place]) end
 return id
 """
+NOW = "return redis.call('TIME')"
 RAISE = """
 if ARGV[1] > (redis.call('GET', KEYS[1]) or '') then redis.call('SET', KEYS[1], ARGV[1]) end
 """
@@ -69,6 +70,12 @@ class RedisLog:
     def position_at(self, at_ms: int) -> int:
         """By the server's clock."""
         return min(self.last(), max(0, at_ms + 1 << SERIAL_BITS) - 1)
+
+    def now_ms(self) -> int:
+        """Asked of the server that has the stream, whichever of a cluster that is."""
+        with self._errors():
+            seconds, microseconds = self._client.eval(NOW, 1, self._key)
+        return int(seconds) * 1_000 + int(microseconds) // 1_000
 
     def trim(self, up_to: int) -> None:
         with self._errors():

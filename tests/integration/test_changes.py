@@ -167,6 +167,13 @@ def test_a_moment_has_the_position_of_what_was_there_by_then(url: str) -> None:
         assert behind == [entry.payload for entry in entries if entry.at_ms > moment]
 
 
+def test_the_clock_of_a_log_is_that_of_its_entries(url: str) -> None:
+    log = open_store(url).log("changes")
+    before = log.now_ms()
+    log.append([b"x"])
+    assert before <= log.read(0, 1)[0].at_ms <= log.now_ms()
+
+
 @pytest.mark.parametrize("payloads", [[], [b"x" * ((64 << 20) + 1)]], ids=["none", "too large"])
 def test_an_append_that_cannot_be_is_refused(url: str, payloads: list[bytes]) -> None:
     with pytest.raises(StoreError, match="send fewer rows"):
@@ -373,6 +380,7 @@ def test_users_of_redis_may_do_what_their_part_takes() -> None:
         log.raise_floor(position - 1)
         log.trim(position - 1)
         assert log.last() == position
+        assert log.now_ms() >= log.read(0, 9)[0].at_ms
         reader = RedisStore(f"redis://reader:password@{place}").log("changes")
         assert [entry.payload for entry in reader.read(0, 9)] == [b"second"]
         assert reader.floor() == position - 1

@@ -247,7 +247,7 @@ class Newer:
 
     overlay: Path | None = None  # a file (cache/overlay.py), None while nothing has changed behind the watermark
     behind_since_s: float | None = None  # monotonic time since when a change has been in the log that is not here
-    dead: int = 0  # changes behind the watermark that the bundle could not take
+    dead: int = 0  # items whose last change the bundle could not take, and entries of which it could read no item
 
 
 class Fold:
@@ -262,8 +262,9 @@ class Fold:
         self._id_type, self._pack = id_type, pack
         self._space = np.empty((0, width), np.float32 if pack is None else np.uint8)
         self._ids: list[int | str] = []  # of the rows
+        self._changed: list[int] = []  # positions, of the rows
         self._places: dict[int | str, int] = {}
-        self._deleted: dict[int | str, None] = {}
+        self._deleted: dict[int | str, int] = {}  # positions
 
     def __len__(self) -> int:
         """How many items it has something to say of."""
@@ -284,6 +285,11 @@ class Fold:
         """(m,)"""
         return _as_ids([*self._deleted], self._id_type)
 
+    def changed_at(self, item: int | str) -> int:
+        """Position of the last change of an item, 0 where there is none."""
+        place = self._places.get(item)
+        return self._deleted.get(item, 0) if place is None else self._changed[place]
+
     def add(self, entry: Embedded) -> bool:
         """Take the next entry of the bundle's log; returns False for one that does not follow what is known.
 
@@ -295,21 +301,23 @@ class Fold:
         if entry.records is None:
             for item in ids:
                 self._remove(item)
-            self._deleted.update(dict.fromkeys(ids))
+            self._deleted.update(dict.fromkeys(ids, entry.until))
         else:
             rows = entry.records if self._pack is None else self._pack(entry.records)
-            places = [self._place(item) for item in ids]
+            places = [self._place(item, entry.until) for item in ids]
             self._reserve(len(self._ids))
             self._space[places] = rows
         self.watermark = entry.until
         return True
 
-    def _place(self, item: int | str) -> int:
+    def _place(self, item: int | str, position: int) -> int:
         """The row of an item from now on."""
         self._deleted.pop(item, None)
         place = self._places.setdefault(item, len(self._ids))
         if place == len(self._ids):
             self._ids.append(item)
+            self._changed.append(position)
+        self._changed[place] = position
         return place
 
     def _remove(self, item: int | str) -> None:
@@ -317,10 +325,10 @@ class Fold:
         place = self._places.pop(item, None)
         if place is None:
             return
-        last = self._ids.pop()
+        last, changed = self._ids.pop(), self._changed.pop()
         if place < len(self._ids):
             self._space[place] = self._space[len(self._ids)]
-            self._ids[place] = last
+            self._ids[place], self._changed[place] = last, changed
             self._places[last] = place
 
     def _reserve(self, count: int) -> None:

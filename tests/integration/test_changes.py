@@ -502,6 +502,9 @@ def test_however_entries_come_they_sum_to_the_latest_of_each_item(kinds: str, se
     known = [entry for entry in log if fold.add(entry)]
     assert fold.watermark == line[-1].until
     assert state(fold) == expected(line, watermark)
+    last = {item: entry.until for entry in line if entry.until > watermark for item in listed(entry.ids)}
+    assert {item: fold.changed_at(item) for item in [*listed(fold.ids), *listed(fold.deleted)]} == last
+    assert fold.changed_at("never") == 0
     assert [entry.until for entry in known] == sorted({entry.until for entry in known})
 
 

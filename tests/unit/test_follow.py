@@ -151,12 +151,38 @@ def test_dead_changes_of_the_bundle_are_counted(
 ) -> None:
     seal_release(made.folder, bundle_id=made.bundle.id, head=made.head, watermark=5)
     letters = [
-        DeadLetter(bundle_id=bundle, position=position, id=1, reason="r")
-        for bundle, position in ((made.bundle.id, 6), (made.bundle.id, 5), ("other", 7), (made.bundle.id, 8))
+        DeadLetter(bundle_id=bundle, position=position, id=item, reason="r")
+        for bundle, position, item in (
+            (made.bundle.id, 6, 1),
+            (made.bundle.id, 5, 2),  # the release has it otherwise
+            ("other", 7, 3),
+            (made.bundle.id, 8, 1),
+            (made.bundle.id, 8, None),
+            (made.bundle.id, 9, None),
+        )
     ]
-    store.log(DEAD).append(encode_dead(letters))
     for _ in range(2):
-        assert subject.bring(made.folder, tmp_path).dead == 2
+        store.log(DEAD).append(encode_dead(letters))
+        assert subject.bring(made.folder, tmp_path).dead == 1 + 2
+
+
+def test_a_dead_change_that_a_later_one_mends_counts_no_more(
+    store: FileStore, subject: Follower, made: TinyRelease, tmp_path: Path
+) -> None:
+    """Also where the letter is read after the change that mends it, as that of a second, slower updater is."""
+    letters = [DeadLetter(bundle_id=made.bundle.id, position=3, id=item, reason="r") for item in (100, 101, 102)]
+    store.log(DEAD).append(encode_dead(letters))
+    embedded(store, made, 0, 3, [103], 1.0)
+    assert subject.bring(made.folder, tmp_path).dead == 3
+    embedded(store, made, 3, 5, [100], 1.0)
+    assert subject.bring(made.folder, tmp_path).dead == 2
+    embedded(store, made, 5, 7, [101])
+    store.log(DEAD).append(encode_dead(letters))
+    assert subject.bring(made.folder, tmp_path).dead == 1
+    store.log(DEAD).append(encode_dead([DeadLetter(bundle_id=made.bundle.id, position=9, id=100, reason="r")]))
+    embedded(store, made, 7, 9, [])
+    assert subject.bring(made.folder, tmp_path).dead == 2
+    assert Follower(store.log).bring(made.folder, tmp_path / "another").dead == 2
 
 
 def test_a_record_that_cannot_be_served_is_named_and_what_was_there_stays(

@@ -172,6 +172,15 @@ def encode_rows(
         raise DataError(f"{path}: column {error.field!r}: {error.detail}") from error
 
 
+def read_rows(
+    path: Path, table: pa.Table, spec: FeatureSpec, id_column: str, start: int = 0
+) -> tuple[Ids, NDArray[np.int32]]:
+    """Ids (n,), of any length and maybe the same twice, and encoded features (n, item width). Raises DataError."""
+    ids = read_ids(_Block(path, table, start), id_column)
+    check_ids(path, ids, id_column, spec)
+    return as_ids(ids), encode_rows(path, table, spec, id_column, start)
+
+
 def _distinct_ids(source: Source, name: str, shard: Shard | None) -> tuple[pa.Array, NDArray[np.bool_] | None]:
     """The ids of the catalogue, and which rows of the file have them. An id that comes twice does so in one shard.
 

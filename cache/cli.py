@@ -145,7 +145,7 @@ def publish(
     kind = _wanted_index(index, before := _current(target))
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
-        contained = watermark_of(target, items, watermark)
+        contained = _contained(target, items, watermark)
         wanted: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous}
         wanted |= {"id_column": id_column, "shard": part}
         if dry_run:
@@ -521,6 +521,14 @@ def _wanted_index(given: IndexKind | None, before: ReleaseInfo | None) -> IndexK
     return given or IndexKind.NONE
 
 
+def _contained(store: ReleaseStore, items: Path, given: int | None) -> int:
+    """The watermark of a release of these items, said, so that a wrong one is seen."""
+    watermark = watermark_of(store, items, given)
+    if watermark:
+        console.print(f"{items} is taken to contain the updates up to position {watermark}", markup=False)
+    return watermark
+
+
 def _plan(
     store: ReleaseStore,
     bundle: Path,
@@ -718,29 +726,44 @@ def _append(
 
 def _embed(store: ReleaseStore, cache: Path, workers: int | None) -> None:
     """Bring the records of all live bundles up to date and say so."""
-    from cache.updater import Updater
+    from cache.updater import Updater, dead_told
 
     with Updater(store, cache / UPDATES, workers=workers, tell=_tell) as updater:
         updater.catch_up()
-    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in updater.lines.items())
-    count = len(updater.lines)
+    lines = {bundle_id: line for bundle_id, line in updater.lines.items() if bundle_id not in updater.problems}
+    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in lines.items())
+    count = len(lines)
     console.print(f"embedded for {count} bundle{'s' * (count != 1)}: {places}")
     if updater.dead:
-        console.print(f"{updater.dead:,} changes could not be embedded: see `ranktower update --dead`")
+        console.print(dead_told(updater.dead))
+    if updater.problems:
+        raise StoreError(f"not for every bundle: {'; '.join(updater.problems.values())}")
 
 
 def _catch_up(store: ReleaseStore, release: Release, cache: Path, report: Report) -> None:
-    """Embed the changes behind the watermark of a release, before it is activated."""
+    """Embed the changes behind the watermark of a release, before it is activated.
+
+    Raises StoreError unless all that were there at the beginning are embedded then.
+    """
     from cache.updater import Updater
 
     check_watermark(store, release.watermark, f"release {release.id}")
-    if store.log(CHANGES).last() > release.watermark:
+    end = store.log(CHANGES).last()
+    if end > release.watermark:
         with Updater(store, cache / UPDATES, only=release.bundle_id, tell=_tell) as updater:
             updater.look()
             done = 0
             while step := updater.step():
                 done += step
                 report("updates", done, done)
+        line = updater.lines.get(release.bundle_id)
+        at = max(release.watermark, line.at if line else 0)
+        if at < end or updater.problems:
+            reason = "; ".join(updater.problems.values()) or "its release is gone, or damaged"
+            raise StoreError(
+                f"release {release.id} is in the store and was not activated: the updates behind it are embedded up to "
+                f"position {at} of {end}: {reason}"
+            )
 
 
 def _follow(store: ReleaseStore, cache: Path, workers: int | None) -> None:

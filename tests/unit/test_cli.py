@@ -13,6 +13,7 @@ import pytest
 from cache.file_store import FileStore
 from cache.rollout import Change
 from service.cli import main
+from tests.changed import embedded, happened
 from tests.tiny_releases import publish, tiny_release
 
 
@@ -42,6 +43,21 @@ def test_rank_prints_a_table_without_a_server(
     assert printed.splitlines()[0].endswith(", user known")
     assert "item heads" in printed
     assert "unknown" in printed.splitlines()[-1]
+
+
+def test_rank_answers_with_what_came_after_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, made = FileStore(f"file://{tmp_path}/store"), tiny_release(tmp_path / "made")
+    release = publish(made, store)
+    end = happened(store)
+    embedded(store, made, 0, end, [100])
+    arguments = ["--store", store.url, "--candidates", "100,101", "--cache-dir", str(tmp_path / "cache")]
+    assert ranktower(monkeypatch, "rank", *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"release {release}, watermark {end}"
+    assert lines[-1].split()[1:] == ["100", "unknown"]
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_rank_shows_heads_only_where_asked_for(

@@ -673,7 +673,8 @@ def _current_spec(store: ReleaseStore, cache: Path) -> FeatureSpec:
     current = store.current()
     if current is None:
         raise StoreError(f"{store.url} has no current release to check the items against: publish one first")
-    return open_bundle(store.fetch_bundle(current, cache / UPDATES)).spec
+    with store.fetch_bundle(current, cache / UPDATES) as folder:
+        return open_bundle(folder).spec
 
 
 def _append(

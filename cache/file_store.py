@@ -267,9 +267,12 @@ class FileStore:
 
     # --- updates
 
-    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+    @contextmanager
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Iterator[Path]:
+        """In place."""
         with self._disk():
-            return self._folder(release_id) / BUNDLE
+            folder = self._folder(release_id) / BUNDLE
+        yield folder
 
     def log(self, name: str) -> ChangeLog:
         return FileLog(self.root / name)

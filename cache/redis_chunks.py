@@ -27,6 +27,7 @@ from cache.release import (
     Progress,
     check_chunk,
     check_sizes,
+    lock_of,
     prepare_files,
     read_chunk,
     sha256,
@@ -102,8 +103,8 @@ class Chunks:
         `raw` is the name and content of the manifest's file. A target that is there already is verified, not fetched.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.with_name(f".{target.name}.lock")):
-            if _is_whole(target, artifact):
+        with locked(lock_of(target)):
+            if is_whole(target, artifact):
                 return
             shutil.rmtree(target, ignore_errors=True)
             draft = target.with_name(f".{target.name}.partial")
@@ -202,7 +203,8 @@ class Chunks:
             progress("verify", done, artifact.size_bytes)
 
 
-def _is_whole(folder: Path, artifact: Artifact) -> bool:
+def is_whole(folder: Path, artifact: Artifact) -> bool:
+    """Whether a local copy is there, every hash right."""
     if not folder.is_dir():
         return False
     try:

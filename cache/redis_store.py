@@ -21,7 +21,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,9 +31,10 @@ from typing import Any, NamedTuple
 from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
 
 from cache.changes import ChangeLog, Newer
+from cache.durable import sharing
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
-from cache.redis_chunks import STREAMS, Chunks, Manifest
+from cache.redis_chunks import STREAMS, Chunks, Manifest, is_whole
 from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
@@ -46,6 +47,7 @@ from cache.release import (
     Release,
     UserTable,
     drop_cached,
+    lock_of,
     no_progress,
     parse_release,
     parse_users,
@@ -345,13 +347,21 @@ class RedisStore:
 
     # --- updates
 
-    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+    @contextmanager
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Iterator[Path]:
         target = self._cache(cache_dir) / release_id
-        with self._errors():
-            release, raw = self._release(release_id)
-            part = replace(release, files=tuple(file for file in release.files if file.path.startswith(f"{BUNDLE}/")))
-            self._chunks.download(f"release:{release_id}", part, target, (RELEASE, raw), no_progress)
-        return target / BUNDLE
+        with ExitStack() as held:
+            with self._errors(cache_dir):
+                release, raw = self._release(release_id)
+                files = tuple(file for file in release.files if file.path.startswith(f"{BUNDLE}/"))
+                part = replace(release, files=files)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(sharing(lock_of(target)))
+                while not is_whole(target, part):  # not yet, or no more: another process may drop it in between
+                    held.close()
+                    self._chunks.download(f"release:{release_id}", part, target, (RELEASE, raw), no_progress)
+                    held.enter_context(sharing(lock_of(target)))
+            yield target / BUNDLE
 
     def log(self, name: str) -> ChangeLog:
         with self._errors():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -153,8 +154,11 @@ class ReleaseStore(ReadableStore, Protocol):
 
     def delete_users(self, spec_id: str) -> None: ...
 
-    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
-        """A local folder with the bundle of a release alone. Hashes are for who opens it. `drop_cached` drops it."""
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> AbstractContextManager[Path]:
+        """A local folder with the bundle of a release alone. Hashes are for who opens it.
+
+        It is there until the block ends, whatever another process drops; `drop_cached` drops it afterwards.
+        """
 
     def log(self, name: str) -> ChangeLog:
         """The change log of that name (cache/changes.py), there once something was appended to it."""

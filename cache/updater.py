@@ -339,13 +339,15 @@ class Updater:
 
     def _open(self, infos: list[ReleaseInfo]) -> Line:
         newest, low = infos[-1], min(info.watermark for info in infos)
-        bundle = open_bundle(self._store.fetch_bundle(newest.id, self._cache_dir))
+        with self._store.fetch_bundle(newest.id, self._cache_dir) as folder:
+            bundle = open_bundle(folder)
+            tower = bundle.item_tower()
         records = self._store.log(records_log(bundle.id))
         end = records.last()
         since, at = resume(records, low)
         return Line(
             bundle=bundle,
-            tower=bundle.item_tower(),
+            tower=tower,
             records=records,
             release_id=newest.id,
             dtypes=frozenset(info.dtype for info in infos),

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 from redis import Redis
 
 from cache.changes import Newer, records_log
+from cache.durable import sharing
 from cache.errors import RolloutRefused, StoreError, UnknownRelease
 from cache.file_store import FileStore
 from cache.overlay import Overlay
@@ -40,6 +42,7 @@ from cache.rollout import NOTHING, Change, Live, Shadow, this_user, weights
 from cache.snapshot import Snapshot
 from cache.store import ReleaseStore, open_store
 from cache.watermarks import trim_changes
+from model.bundle import open_bundle
 from tests.changed import embedded, happened
 from tests.redis_server import (
     Certificates,
@@ -914,6 +917,36 @@ def test_a_cache_is_found_again_whatever_the_password(folders: list[Path], tmp_p
             assert password not in str(copies[-1].relative_to(tmp_path))
             store.close()
     assert copies[0] == copies[1]
+
+
+def test_a_bundle_that_is_being_opened_is_not_dropped_by_another_process(redis_url: str, tmp_path: Path) -> None:
+    store, other = (RedisStore(f"{redis_url}?prefix=opening") for _ in range(2))
+    name = publish(tiny_release(tmp_path / "made"), store)
+    with store.fetch_bundle(name, tmp_path / "cache") as folder, other.fetch_bundle(name, tmp_path / "cache"):
+        assert other.drop_cached(tmp_path / "cache", set()) == []
+        assert open_bundle(folder).item_tower().size
+    assert other.drop_cached(tmp_path / "cache", set()) == [name]
+    assert not folder.exists()
+
+
+def test_a_bundle_that_was_dropped_before_it_could_be_held_is_fetched_again(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = (RedisStore(f"{redis_url}?prefix=dropped") for _ in range(2))
+    name = publish(tiny_release(tmp_path / "made"), store)
+    dropped: list[list[str]] = []
+
+    @contextmanager
+    def late(path: Path) -> Iterator[None]:
+        if len(dropped) < 2:  # the first time nothing is there yet
+            dropped.append(other.drop_cached(tmp_path / "cache", set()))
+        with sharing(path):
+            yield
+
+    monkeypatch.setattr("cache.redis_store.sharing", late)
+    with store.fetch_bundle(name, tmp_path / "cache") as folder:
+        assert open_bundle(folder).item_tower().size
+    assert dropped == [[], [name]]
 
 
 def test_a_cut_download_goes_on_where_it_was(redis_url: str, large: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from cache.durable import (
     locked,
     locked_now,
     rename_durably,
-    sharing,
     replace_file,
+    sharing,
     sync_tree,
     write_durably,
 )

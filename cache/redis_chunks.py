@@ -104,7 +104,7 @@ class Chunks:
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock_of(target)):
-            if _is_whole(target, artifact):
+            if is_whole(target, artifact):
                 return
             shutil.rmtree(target, ignore_errors=True)
             draft = target.with_name(f".{target.name}.partial")
@@ -203,7 +203,8 @@ class Chunks:
             progress("verify", done, artifact.size_bytes)
 
 
-def _is_whole(folder: Path, artifact: Artifact) -> bool:
+def is_whole(folder: Path, artifact: Artifact) -> bool:
+    """Whether a local copy is there, every hash right."""
     if not folder.is_dir():
         return False
     try:

@@ -34,7 +34,7 @@ from cache.changes import ChangeLog, Newer
 from cache.durable import sharing
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
-from cache.redis_chunks import STREAMS, Chunks, Manifest
+from cache.redis_chunks import STREAMS, Chunks, Manifest, is_whole
 from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
@@ -356,12 +356,12 @@ class RedisStore:
                 release, raw = self._release(release_id)
                 files = tuple(file for file in release.files if file.path.startswith(f"{BUNDLE}/"))
                 part = replace(release, files=files)
-                while True:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(sharing(lock_of(target)))
+                while not is_whole(target, part):  # not yet, or no more: another process may drop it in between
+                    held.close()
                     self._chunks.download(f"release:{release_id}", part, target, (RELEASE, raw), no_progress)
                     held.enter_context(sharing(lock_of(target)))
-                    if target.is_dir():  # else it was dropped since
-                        break
-                    held.close()
             yield target / BUNDLE
 
     def log(self, name: str) -> ChangeLog:

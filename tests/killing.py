@@ -2,8 +2,9 @@
 
 Run as a process of its own (`python -m tests.killing`), which imports once and forks a publisher for each order that it
 reads, a line of JSON each: {"arguments": [...], "root": folder, "event": n or null, "seconds": s or null}. It answers
-{"killed": whether, "events": how many there were, "seconds": s}. What counts: every fsync; everything that makes, opens
-for writing, renames or deletes below `root`; every command to Redis. A chunk or a command may be cut in half.
+{"killed": whether, "events": how many there were of each kind (none of a killed one), "seconds": s}. Kinds: `fsync`;
+`file`, what makes, opens for writing, renames or deletes below `root`; `chunk` of a folder; `command` to Redis. A chunk
+or a command may be cut in half.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ class Counter:
 
     last: int | None
     seen: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
 
-    def next(self) -> bool:
+    def next(self, kind: str) -> bool:
         """Whether this event is the last."""
         self.seen += 1
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
         return self.seen == self.last
 
 
@@ -51,26 +54,26 @@ def watch(counter: Counter, root: str) -> None:
     def heard(event: str, arguments: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         below = (writes or event in CHANGES) and str(arguments[0]).startswith(root)
-        if below and counter.next():
+        if below and counter.next("file"):
             die()
 
     real_fsync, real_write = os.fsync, file_store.write_chunk
     real_send = redis.connection.AbstractConnection.send_packed_command
 
     def fsync(handle: int) -> None:
-        if counter.next():
+        if counter.next("fsync"):
             die()
         real_fsync(handle)
 
     def write_chunk(folder: Path, chunk: Any, content: bytes) -> None:
-        if counter.next():
+        if counter.next("chunk"):
             real_write(folder, chunk, content[: len(content) // 2])
             die()
         real_write(folder, chunk, content)
 
     def send(connection: Any, command: Any, check_health: bool = True) -> None:
         parts = [bytes(part) for part in ([command] if isinstance(command, (bytes, str)) else command)]
-        if counter.next():
+        if counter.next("command"):
             whole = b"".join(parts)
             sent = (0, len(whole) // 2, len(whole))[counter.seen % 3]
             connection._sock.sendall(whole[:sent])
@@ -94,7 +97,7 @@ def publish(order: dict[str, Any], said: int) -> None:
         if order["seconds"] is not None:
             signal.setitimer(signal.ITIMER_REAL, order["seconds"])  # SIGALRM ends a process that does not expect it
         app(order["arguments"], standalone_mode=False)
-        os.write(said, str(counter.seen).encode())
+        os.write(said, json.dumps(counter.kinds).encode())
         code = 0
     finally:
         os._exit(code)
@@ -118,7 +121,7 @@ def main() -> None:
         _, status = os.waitpid(child, 0)
         seconds = time.perf_counter() - begun
         with os.fdopen(heard, "rb") as stream:
-            events = int(stream.read() or b"0")
+            events = json.loads(stream.read() or b"{}")
         killed = os.WIFSIGNALED(status)
         answer = {"killed": killed, "failed": not killed and status != 0, "events": events, "seconds": seconds}
         print(json.dumps(answer), file=answers, flush=True)

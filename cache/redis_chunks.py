@@ -20,6 +20,7 @@ from redis.lock import Lock
 from cache.durable import locked, rename_durably, sync_tree
 from cache.errors import StoreError
 from cache.parallel import in_order
+from cache.redis_client import Clients
 from cache.release import (
     NAME,
     Artifact,
@@ -55,11 +56,15 @@ class Manifest(NamedTuple):
 
 
 class Chunks:
-    """The chunks below `prefix`. `client` is what `redis_client.connect` returns; `streams` chunks move at a time."""
+    """The chunks below `prefix`; `streams` move at a time."""
 
-    def __init__(self, client: Any, prefix: str, url: str, lease_s: float, streams: int = STREAMS) -> None:
-        self._client, self._prefix, self._url, self._lease_s = client, prefix, url, lease_s
+    def __init__(self, clients: Clients, prefix: str, url: str, lease_s: float, streams: int = STREAMS) -> None:
+        self._clients, self._prefix, self._url, self._lease_s = clients, prefix, url, lease_s
         self._streams = streams
+
+    @property
+    def _client(self) -> Any:
+        return self._clients.quick
 
     @property
     def prefix(self) -> str:
@@ -179,7 +184,9 @@ class Chunks:
     # --- one chunk, on whichever thread
 
     def _send(self, base: str, folder: Path, artifact: Artifact, chunk: Chunk) -> int:
-        self._client.set(self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder)))
+        self._clients.bulk.set(
+            self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder))
+        )
         return chunk.size
 
     def _is_stored(self, base: str, chunk: Chunk) -> bool:

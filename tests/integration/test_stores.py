@@ -27,7 +27,7 @@ from cache.durable import sharing
 from cache.errors import RolloutRefused, StoreError, UnknownRelease
 from cache.file_store import FileStore
 from cache.overlay import Overlay
-from cache.redis_client import connect, read_url
+from cache.redis_client import Clients, read_url
 from cache.redis_store import RedisStore
 from cache.release import (
     CHUNK_BYTES,
@@ -140,7 +140,7 @@ class Place:
 
     def redis(self) -> Any:
         """A client that may do all, of the kind that the store has."""
-        return connect(read_url(self.admin or self.url))
+        return Clients(read_url(self.admin or self.url)).quick
 
     def damage(self, release_id: str, change: Callable[[bytes], bytes]) -> None:
         """Change the first chunk of the stored item table."""

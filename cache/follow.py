@@ -107,7 +107,7 @@ class Follower:
             path = self._write(at, cache_dir)
             at.written = at.fold.watermark
         _count_dead(at)
-        at.told = Newer(overlay=path, behind_since_s=_behind_since(at), dead=at.letters)
+        at.told = Newer(overlay=path, looked_s=start_s, behind_since_s=_behind_since(at), dead=at.letters)
         end_s = monotonic()
         at.rest_until_s = end_s + REST * (end_s - start_s)
         return at.told

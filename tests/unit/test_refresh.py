@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,41 @@ def test_changes_that_cannot_be_had_wait_their_time_and_leave_what_serves(store:
     with pytest.raises(StoreError, match="fetch_changes fails"):
         subject.take_over(publish(tiny_release(tmp_path / "2", seed=2), store))
     assert subject.ranker().release == first
+
+
+@pytest.mark.parametrize("broken", ["fetch_changes", "wait"])
+def test_a_replica_that_cannot_look_falls_behind(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    release = publish(tiny_release(tmp_path / "made"), store)
+    later_s = 0.0
+    with started(refresher(store, tmp_path)) as until:
+        until(lambda standing: serves(release)(standing) and standing.behind_s() == 0.0)
+        store.broken.add(broken)
+        until(lambda standing: standing.failures > 0)
+        monkeypatch.setattr("service.refresh.monotonic", lambda: time.monotonic() + later_s)
+        later_s = 100.0
+        until(lambda standing: standing.failures > 2 and standing.behind_s() > 99.0)
+        later_s = 0.0
+        store.broken.clear()
+        until(lambda standing: standing.failure is None and standing.behind_s() == 0.0)
+
+
+def test_users_that_cannot_be_had_hold_up_no_changes(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.follow.REST", 0.0)
+    made = tiny_release(tmp_path / "made")
+    release = publish(made, store, users=False)
+    subject = refresher(store, tmp_path)
+    subject.take_over(release)
+    store.publish_users(made.users)
+    store.broken.add("fetch_users")
+    for until in (1, 2):  # it fails, then waits its time
+        embedded(store, made, until - 1, until, [100])
+        with suppress(StoreError):
+            subject.take_over(release)
+        assert subject.ranker().watermark == until
 
 
 def test_an_overlay_that_is_gone_leaves_what_serves(store: Flaky, tmp_path: Path) -> None:

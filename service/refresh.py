@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 from cache.changes import Newer
-from cache.errors import Awaited
+from cache.errors import Awaited, StoreError
 from cache.mirror import CHANGES_S
 from cache.overlay import Overlay
 from cache.retry import STORE_PAUSE_S, Retry
@@ -381,12 +381,21 @@ class Refresher:
                 self._record_beside(release_id, news)
             return None if known else str(news)
         except Exception as error:  # its share stays with the current release, or with what was served of it
+            if self._has_left(release_id):
+                return None
             self._beside_retries[release_id] = retry.later(release_id)
             self._record_beside(release_id, error)
             return None if known else str(error) or type(error).__name__
         if known is None:
             return self.standing.refused.get(release_id, "it is tried again soon")
         return why_not_beside(serving, known.ranker)
+
+    def _has_left(self, release_id: str) -> bool:
+        """Whether the store names it no more: then its copy may be gone already, and nothing is wrong."""
+        try:
+            return release_id not in self._store.wait(NOTHING, 0.0).releases
+        except StoreError:
+            return False
 
     def _opened(self, release_id: str) -> _Beside:
         ranker, _, _ = self._open(release_id)

@@ -39,6 +39,7 @@ class Flaky(FileStore):
         self.users_asked = 0
         self.changes_asked = 0
         self.newer: Newer | None = None  # what is said instead of what is so
+        self.newer_of: dict[str, Newer] = {}  # the same of one release
         self.kept: list[set[str]] = []  # what local copies may stay, each time some are dropped
         self.wrong_users: Path | None = None  # the table to hand out instead of the right one
         self.awaited: Awaited | None = None  # what is said of any release
@@ -63,7 +64,7 @@ class Flaky(FileStore):
     def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
         self.changes_asked += 1
         self._may("fetch_changes")
-        return self.newer or super().fetch_changes(folder, cache_dir)
+        return self.newer_of.get(folder.name) or self.newer or super().fetch_changes(folder, cache_dir)
 
     def fetch_users(self, *arguments: Any) -> Path | None:
         self.users_asked += 1
@@ -563,6 +564,26 @@ def test_a_canary_that_cannot_be_had_leaves_its_share_and_says_so(
     now_s[0] += retry.FIRST_PAUSE_S
     subject._try(store.live())
     assert (answering(subject), subject.standing.refused) == ({a, b}, {})
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_canary_whose_copy_went_as_it_left_is_no_failure(
+    store: Flaky, tmp_path: Path, caplog: pytest.LogCaptureFixture, ready: bool
+) -> None:
+    a, b = made_releases(store, tmp_path, 2)
+    subject = refresher(store, tmp_path)
+    subject._try(store.live())
+    store.change(canary(b, 0.5))
+    seen = store.live()
+    if ready:
+        subject._try(seen)
+        assert answering(subject) == {a, b}
+    store.change(Change(verb="abort"))
+    store.newer_of[b] = Newer(overlay=tmp_path / "7-0.snap")  # which who fetches has deleted
+    subject._try(seen)
+    assert (subject.standing.failures, subject.standing.refused, caplog.text) == (0, {}, "")
+    subject._try(store.live())
+    assert answering(subject) == {a}
 
 
 @pytest.mark.parametrize(("given", "why"), [({"ids": "string"}, "has ids of types"), ({"warmup": [{}]}, "candidates")])

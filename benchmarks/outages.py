@@ -35,7 +35,7 @@ from benchmarks.report import RESULTS, Bar, Report, machine, machine_line, print
 from benchmarks.traffic import bodies
 from cache.changes import CHANGES
 from cache.redis_store import RedisStore
-from cache.release import BUNDLE, ITEMS, seal_release
+from cache.release import ITEMS, seal_release
 from cache.snapshot import SnapshotWriter
 from kernel.record import RecordLayout
 from loadtest.serving import HOST, free_port, serve_command
@@ -116,9 +116,7 @@ def another(course: Course, folder: Path) -> Path:
     records = np.roll(stored_records(made, np.arange(made.plan.items)), 1, axis=0)
     (folder / ITEMS).unlink()
     layout = RecordLayout(bundle.head, made.plan.dtype)
-    with SnapshotWriter(
-        folder / ITEMS, kind="items", owner=bundle.id, id_type=made.plan.ids, layout=layout
-    ) as writer:
+    with SnapshotWriter(folder / ITEMS, kind="items", owner=bundle.id, id_type=made.plan.ids, layout=layout) as writer:
         writer.append(made.ids.tolist(), records)
         writer.finish()
     seal_release(folder, bundle_id=bundle.id, head=bundle.head)
@@ -437,9 +435,10 @@ def tables(rows: Sequence[Row]) -> Iterator[tuple[Sequence[str], list[list[Any]]
     fields = ("outage", "replica", "asked", "failed", "wrong", "p99_before_ms", "p99_within_ms", "p99_ratio",
               "stale_before_s", "stale_within_s", "reason_after_s", "recovered_s", "calm_s")  # fmt: skip
     yield COLUMNS, [[row[name] for name in fields] for row in rows if row["kind"] == "replica"]
-    yield ("outage", "/readyz in the end"), [
-        [row["outage"], row["reason"]] for row in rows if row["kind"] == "replica" and row["reason"]
-    ]
+    yield (
+        ("outage", "/readyz in the end"),
+        [[row["outage"], row["reason"]] for row in rows if row["kind"] == "replica" and row["reason"]],
+    )
     told = [row for row in rows if row["kind"] == "verb" and row["when"] != "before"]
     yield VERB_COLUMNS, [[row[name] for name in ("outage", "verb", "exit", "s", "words")] for row in told]
 

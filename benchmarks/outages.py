@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -35,23 +35,28 @@ from benchmarks.report import RESULTS, Bar, Report, machine, machine_line, print
 from benchmarks.traffic import bodies
 from cache.changes import CHANGES
 from cache.redis_store import RedisStore
-from cache.release import ITEMS, seal_release
+from cache.release import ITEMS, read_release, seal_release
 from cache.snapshot import SnapshotWriter
 from kernel.record import RecordLayout
 from loadtest.serving import HOST, free_port, serve_command
 
 SIZES = {"tiny": 2_000, "full": 20_000}
-SECONDS = {"tiny": 2.0, "full": 8.0}  # of an outage, and of the time before it
+SECONDS = {"tiny": 2.0, "full": 10.0}  # of an outage, and of the time before it
+VERBS = {
+    "publish": "publish --bundle {bundle} --items {items} --no-activate --dtype int8 --work {home}/work "
+    "--cache {home}/cache --store {url}",
+    "update": f"update --delete-ids {1 << 50} --cache {{home}}/cache --store {{url}}",  # an id that no item has
+    "prune": "releases prune --keep 9 --store {url}",
+}
 CATEGORIES = 300  # as benchmarks.made has them
 CANDIDATES, BODIES = 500, 20
 WORKERS = (1, 2)  # of each replica
 DELAY_S = 0.2  # of every answer of a slow Redis
-ROOM_BYTES = 1 << 20  # that a Redis has left whose memory ends
+ROOM_BYTES = 6 << 20  # beside half a release, for what is on its way
 SERVICE, DOWN_MS = "releases", 1_000  # the master's name among the sentinels, and when they hold it for down
 RECOVERS_WITHIN_S = 5.0  # bar
 GIVE_UP_S = 90.0  # on a replica that does not recover, or a verb that does not end
 CALM_S = 1.0  # so long all answers must name the new release
-ELSEWHERE = 1 << 50  # an id that no item has
 Row = Mapping[str, Any]
 COLUMNS = ("outage", "replica", "asked", "failed", "wrong", "p99 before, ms", "within, ms", "ratio", "stale before, s",
            "stale within, s", "reason after, s", "recovered, s", "calm again, s")  # fmt: skip
@@ -71,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.copytree(course.first, other)
         course.second = another(course, other)
         for outage in given.outages or OUTAGES:
-            with TemporaryDirectory(dir=folder) as home:
-                report.rows += Scene(course, outage, Path(home), seconds).measure()
+            with TemporaryDirectory(dir=folder) as home, ThreadPoolExecutor(2) as pool:
+                report.rows += Scene(course, outage, Path(home), seconds, pool).measure()
             print(f"{outage}: done", flush=True)
     for heads, cells in tables(report.rows):
         print("\n" + table(heads, cells))
@@ -80,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print()
     print_bars(report.bars)
     print(f"\nwritten: {report.write(given.out).name}")
-    return 0 if all(row["failed"] + row["wrong"] == 0 for row in report.rows if row["kind"] == "replica") else 1
+    return 1 if any(bar.verdict == "MISSED" for bar in report.bars) else 0
 
 
 # --- releases --------------------------------------------------------------------------------------------------------
@@ -129,7 +134,7 @@ def another(course: Course, folder: Path) -> Path:
 
 @dataclass
 class Servers:
-    """What an outage has to do with. `direct` reaches the data past a proxy; it is another server after a failover."""
+    """What an outage has to do with."""
 
     stack: ExitStack
     folder: Path
@@ -138,10 +143,13 @@ class Servers:
     port: int = 0
     proxy: Proxy | None = None
     sentinel: int = 0
-    direct: str = field(init=False)
+    room: int = 0  # octets that a Redis has left whose memory ends
+    orphans: int = 0  # chunks that a refused publish had sent
 
-    def __post_init__(self) -> None:
-        self.direct = f"redis://{HOST}:{self.port}/0"
+    @property
+    def direct(self) -> str:
+        """Past a proxy; to another server after a failover."""
+        return f"redis://{HOST}:{self.port}/0"
 
     def client(self, port: int = 0) -> Redis:
         return Redis(host=HOST, port=port or self.port)
@@ -161,7 +169,6 @@ def alone(stack: ExitStack, folder: Path) -> Servers:
     """One server."""
     servers = Servers(stack, folder, "")
     servers.pid, servers.port = servers.start()
-    servers.__post_init__()
     servers.url = servers.direct
     return servers
 
@@ -203,59 +210,85 @@ def until(reached: Callable[[], Any]) -> None:
 
 # --- outages ---------------------------------------------------------------------------------------------------------
 
-Wait = Callable[[], None]  # for as long as an outage lasts
-Outage = Callable[[Servers, Wait], None]  # returns at its end
+
+class During(Protocol):
+    """What an outage may do while it lasts."""
+
+    def begin(self, *verbs: str) -> None:
+        """Start these verbs of VERBS, each in a process of its own."""
+
+    def wait(self) -> None:
+        """As long as an outage lasts."""
+
+    def until_ended(self) -> None:
+        """Wait for the verbs."""
 
 
-def killed(servers: Servers, wait: Wait) -> None:
+Outage = Callable[[Servers, During], None]  # returns at its end
+
+
+def killed(servers: Servers, during: During) -> None:
     """SIGKILL, and a start on what it had written."""
     os.kill(servers.pid, signal.SIGKILL)
-    wait()
+    during.begin("publish", "update")
+    during.wait()
     servers.pid, _ = servers.start(port=servers.port)
 
 
-def paused(servers: Servers, wait: Wait) -> None:
+def paused(servers: Servers, during: During) -> None:
     """SIGSTOP and SIGCONT: connections stay open, nobody answers."""
     os.kill(servers.pid, signal.SIGSTOP)
-    wait()
+    during.begin("publish", "update")
+    during.wait()
     os.kill(servers.pid, signal.SIGCONT)
 
 
-def slow(servers: Servers, wait: Wait) -> None:
+def slow(servers: Servers, during: During) -> None:
     """Every answer takes 200 ms longer."""
     assert servers.proxy is not None
     servers.proxy.delay_s = DELAY_S
-    wait()
+    during.begin("publish", "update")
+    during.wait()
     servers.proxy.delay_s = 0.0
 
 
-def resetting(servers: Servers, wait: Wait) -> None:
+def resetting(servers: Servers, during: During) -> None:
     """Connections are accepted, and reset as soon as something is sent."""
     assert servers.proxy is not None
     servers.proxy.resetting = True
-    wait()
+    during.begin("publish", "update")
+    during.wait()
     servers.proxy.resetting = False
 
 
-def full(servers: Servers, wait: Wait) -> None:
-    """maxmemory is reached within the next publish, and all are refused that would take more."""
+def full(servers: Servers, during: During) -> None:
+    """maxmemory is reached in the middle of a publish; then nothing is taken at all, but for what frees memory."""
     with servers.client() as client:
-        limit = client.info("memory")["used_memory"] + ROOM_BYTES
         client.config_set("maxmemory-policy", "noeviction")
-        client.config_set("maxmemory", limit)
-        wait()
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + servers.room)
+        during.begin("publish")
+        during.until_ended()
+        servers.orphans = orphans(servers.direct)
+        client.config_set("maxmemory", 1)
+        during.begin("update")
+        during.until_ended()
+        during.begin("prune")
+        during.until_ended()
+        during.wait()
         client.config_set("maxmemory", 0)
 
 
-def failing_over(servers: Servers, wait: Wait) -> None:
+def failing_over(servers: Servers, during: During) -> None:
     """SIGKILL of the master; ends when the sentinel has promoted its replica, however long that takes."""
     os.kill(servers.pid, signal.SIGKILL)
+    during.begin("publish", "update")
     _promoted(servers)
 
 
-def failing_over_frozen(servers: Servers, wait: Wait) -> None:
+def failing_over_frozen(servers: Servers, during: During) -> None:
     """SIGSTOP of the master, for good: its connections stay open and nobody says that it has gone."""
     os.kill(servers.pid, signal.SIGSTOP)
+    during.begin("publish", "update")
     _promoted(servers)
 
 
@@ -264,7 +297,6 @@ def _promoted(servers: Servers) -> None:
         until(lambda: sentinel.sentinel_get_master_addr_by_name(SERVICE)[1] != servers.port)
         servers.port = int(sentinel.sentinel_get_master_addr_by_name(SERVICE)[1])
     until(lambda: servers.client().info("replication")["role"] == "master")
-    servers.__post_init__()
 
 
 OUTAGES: dict[str, tuple[Callable[[ExitStack, Path], Servers], Outage]] = {
@@ -290,71 +322,81 @@ class Scene:
     outage: str
     home: Path
     seconds: float
+    pool: ThreadPoolExecutor
+    jobs: list[Future[dict[str, Any]]] = field(default_factory=list)
+    servers: Servers = field(init=False)
+    second: str = ""  # the release that is activated
+    when: str = "before"  # for the verbs
 
     def measure(self) -> list[dict[str, Any]]:
         start, fail = OUTAGES[self.outage]
         with ExitStack() as stack:
-            servers = start(stack, self.home)
+            self.servers = servers = start(stack, self.home)
             store = RedisStore(servers.direct)
             store.activate(store.publish(self.course.first))
-            second = store.publish(self.course.second)
+            self.second = store.publish(self.course.second)
             store.close()
+            servers.room = read_release(self.course.first).size_bytes // 2 + ROOM_BYTES
             replicas = [stack.enter_context(serving(servers.url, workers, self.home)) for workers in WORKERS]
-            with ThreadPoolExecutor(1) as pool, observed(replicas, self.course.oracle):
+            with observed(replicas, self.course.oracle):
                 time.sleep(CALM_S)
                 begun_s = time.monotonic()
-                before = self._verbs(servers.url, "before")
+                self.begin("publish", "update")
+                self.until_ended()
                 time.sleep(max(0.0, begun_s + self.seconds - time.monotonic()))
-                names, position = stored(servers.direct)
-                outage_s = time.monotonic()
-                verbs: list[Future[list[dict[str, Any]]]] = []
-
-                def wait() -> None:
-                    verbs.append(pool.submit(self._verbs, servers.url, "within"))
-                    time.sleep(self.seconds / 2)
-                    if servers.proxy is not None:
-                        activate(servers.direct, second)
-                    time.sleep(self.seconds / 2)
-                    if self.outage == "out of memory":
-                        verbs[0].result()
-
-                fail(servers, wait)
+                before = stored(servers.direct)
+                self.when, outage_s = "within", time.monotonic()
+                fail(servers, self)
                 end_s = time.monotonic()
-                activate(servers.direct, second)
-                recovered(replicas, second, end_s)
-                within = verbs[0].result() if verbs else self._verbs(servers.url, "after")
-            rows = [self._row(each, second, begun_s, outage_s, end_s) for each in replicas]
-            if self.outage == "out of memory":
-                within.append(self._left(servers, names, position))
-        return [*rows, *before, *within]
+                activate(servers.direct, self.second)
+                recovered(replicas, self.second, end_s)
+                self.until_ended()
+            rows = [self._row(each, begun_s, outage_s, end_s) for each in replicas]
+            rows += [job.result() for job in self.jobs]
+            return [*rows, self._left(before, stored(servers.direct))]
 
-    def _verbs(self, url: str, when: str) -> list[dict[str, Any]]:
-        """Run both, and what became of them. The release that is published is not activated."""
+    # --- what an outage may do
+
+    def begin(self, *verbs: str) -> None:
+        self.jobs += [self.pool.submit(self._run, verb, self.when) for verb in verbs]
+
+    def until_ended(self) -> None:
+        for job in self.jobs:
+            job.result()
+
+    def wait(self) -> None:
+        """Behind a proxy the other release is activated halfway: who gets through may see it."""
+        time.sleep(self.seconds / 2)
+        if self.servers.proxy is not None:
+            activate(self.servers.direct, self.second)
+        time.sleep(self.seconds / 2)
+
+    def _run(self, verb: str, when: str) -> dict[str, Any]:
+        """Run a verb, and what became of it. What is published is not activated."""
         with TemporaryDirectory(dir=self.home) as folder:
-            where = ("--store", url, "--cache", f"{folder}/cache")
-            release = ("--bundle", str(self.course.made.bundle_folder), "--items", str(self.course.items))
-            publish = ("publish", *release, "--no-activate", "--dtype", "int8", "--work", f"{folder}/work", *where)
-            update = ("update", "--delete-ids", str(ELSEWHERE), *where)
-            return [{**self._said(verb), "when": when} for verb in (publish, update)]
+            bundle, items = str(self.course.made.bundle_folder), str(self.course.items)
+            given = VERBS[verb].format(bundle=bundle, items=items, url=self.servers.url, home=folder).split()
+            command = ["nice", "-n", "19", *python("service.cli", *given)]  # what is asked meanwhile goes first
+            begun_s = time.monotonic()
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GIVE_UP_S)
+            seconds = time.monotonic() - begun_s
+        words = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        return {"kind": "verb", "outage": self.outage, "when": when, "verb": verb, "exit": done.returncode,
+                "s": seconds, "words": words[-1] if words else ""}  # fmt: skip
 
-    def _said(self, verb: Sequence[str]) -> dict[str, Any]:
-        begun_s = time.monotonic()
-        command = ["nice", "-n", "19", *python("service.cli", *verb)]  # what is asked meanwhile goes first
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GIVE_UP_S)
-        words = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        seconds = time.monotonic() - begun_s
-        return {"kind": "verb", "outage": self.outage, "verb": verb[0], "exit": done.returncode, "s": seconds,
-                "words": words[-1] if words else ""}  # fmt: skip
+    def _left(self, before: Stored, after: Stored) -> dict[str, Any]:
+        """Whether refused verbs have left something that a reader could take for whole."""
+        went = [
+            row["verb"] for row in (job.result() for job in self.jobs) if row["when"] == "within" and not row["exit"]
+        ]
+        more = len(after.releases - before.releases), int(after.position > before.position)
+        wanted = int("publish" in went), int("update" in went)
+        words = f"{more[0]} more releases, {wanted[0]} published; {more[1]} more updates, {wanted[1]} appended"
+        if self.servers.orphans:
+            words += f"; {self.servers.orphans} chunks of no release before prune, {orphans(self.servers.direct)} after"
+        return {"kind": "left", "outage": self.outage, "good": more == wanted, "words": words}
 
-    def _left(self, servers: Servers, names: set[str], position: int) -> dict[str, Any]:
-        """Whether a publish and an update that were refused have left something that a reader could take for whole."""
-        names_after, position_after = stored(servers.direct)
-        words = f"{len(names_after - names)} releases and {position_after - position} positions more than before"
-        good = names_after == names and position_after == position
-        return {"kind": "verb", "outage": self.outage, "when": "after", "verb": "what is left", "exit": int(not good),
-                "s": 0.0, "words": words}  # fmt: skip
-
-    def _row(self, replica: Replica, second: str, begun_s: float, outage_s: float, end_s: float) -> dict[str, Any]:
+    def _row(self, replica: Replica, begun_s: float, outage_s: float, end_s: float) -> dict[str, Any]:
         before, within = replica.asked_within(begun_s, outage_s), replica.asked_within(outage_s, end_s)
         said = replica.said_within(outage_s, end_s)
         reasons = [each for each in said if each.failure is not None]
@@ -374,7 +416,7 @@ class Scene:
             "stale_within_s": max(each.staleness_s for each in said),
             "reason_after_s": reasons[0].at_s - outage_s if reasons else None,
             "reason": reasons[-1].failure if reasons else None,
-            "recovered_s": max(0.0, replica.last_other_s(second) - end_s),
+            "recovered_s": max(0.0, replica.last_other_s(self.second) - end_s),
             "calm_s": calm[0] - end_s if calm else None,
         }
 
@@ -397,12 +439,25 @@ def activate(url: str, release: str) -> None:
     store.close()
 
 
-def stored(url: str) -> tuple[set[str], int]:
-    """Names of all releases, and the last position of the log of changes."""
+class Stored(NamedTuple):
+    """What readers find."""
+
+    releases: set[str]
+    position: int  # the last of the log of changes
+
+
+def stored(url: str) -> Stored:
     store = RedisStore(url)
-    found = {info.id for info in store.list()}, store.log(CHANGES).last()
+    found = Stored({info.id for info in store.list()}, store.log(CHANGES).last())
     store.close()
     return found
+
+
+def orphans(url: str) -> int:
+    """How many chunks belong to no release."""
+    listed = stored(url).releases
+    with Redis.from_url(url) as client:
+        return sum(key.decode().split(":")[2] not in listed for key in client.scan_iter("ranktower:release:*"))
 
 
 def recovered(replicas: Sequence[Replica], release: str, since_s: float) -> None:
@@ -422,11 +477,13 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
     found = [row for row in rows if row["kind"] == "replica"]
     away = [row for row in found if row["outage"] not in ANSWERING]
     rise = min((row["stale_within_s"] / row["seconds"] for row in away), default=None)
+    half = sum(not row["good"] for row in rows if row["kind"] == "left")
     late = max(row["recovered_s"] for row in found)
     return [
         Bar(name="rank requests that failed", value=sum(row["failed"] for row in found), side="at most", limit=0),
         Bar(name="answers that were wrong", value=sum(row["wrong"] for row in found), side="at most", limit=0),
         Bar(name="staleness / length of the outage, least", value=rise, side="at least", limit=0.5),
+        Bar(name="outages after which there is half of something", value=half, side="at most", limit=0),
         Bar(name="recovered after the end, most, s", value=late, side="at most", limit=RECOVERS_WITHIN_S),
     ]
 
@@ -441,6 +498,7 @@ def tables(rows: Sequence[Row]) -> Iterator[tuple[Sequence[str], list[list[Any]]
     )
     told = [row for row in rows if row["kind"] == "verb" and row["when"] != "before"]
     yield VERB_COLUMNS, [[row[name] for name in ("outage", "verb", "exit", "s", "words")] for row in told]
+    yield ("outage", "what is left"), [[row["outage"], row["words"]] for row in rows if row["kind"] == "left"]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from redis.exceptions import RedisClusterException, RedisError
 from redis.lock import Lock
@@ -41,6 +42,14 @@ redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
 return 1
 """
 
+# Deletes first, for a script that has written is not refused where memory has run out: who prunes is to free some.
+LEASE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
 log = logging.getLogger(__name__)
 
 
@@ -53,15 +62,17 @@ class Manifest(NamedTuple):
 
 
 class Chunks:
-    """The chunks below `prefix`. `client` is what `redis_client.connect` returns; `streams` chunks move at a time."""
+    """The chunks below `prefix`. `client` is what `redis_client.connect` returns; `streams` chunks move at a time.
 
-    def __init__(self, client: Any, prefix: str, url: str, lease_s: float, streams: int = STREAMS) -> None:
-        self._client, self._prefix, self._url, self._lease_s = client, prefix, url, lease_s
-        self._streams = streams
+    `carry` makes a client for the chunks themselves, one for each upload or download: its idle connections would be
+    found in the next one, when they may lead to a master that hangs and was replaced.
+    """
 
-    @property
-    def prefix(self) -> str:
-        return self._prefix
+    def __init__(
+        self, client: Any, carry: Callable[[], Any], prefix: str, url: str, lease_s: float, streams: int = STREAMS
+    ) -> None:
+        self._client, self._carry, self._prefix, self._url = client, carry, prefix, url
+        self._lease_s, self._streams = lease_s, streams
 
     def missing(self, base: str, artifact: Artifact) -> list[Chunk]:
         """Chunks that are not there, or of another size."""
@@ -72,24 +83,26 @@ class Chunks:
     def upload(self, base: str, folder: Path, artifact: Artifact, manifest: Manifest, progress: Progress) -> None:
         """Send the chunks that are missing, read all back, then write the manifest if the lease is still ours."""
         check_sizes(folder, artifact)
-        with self.lease(artifact.id) as lease:
-            wanted = self._wanted(base, artifact, lease)
+        with closing(self._carry()) as carrier, self.lease(artifact.id) as lease:
+            wanted = self._wanted(carrier, base, artifact, lease)
             done = artifact.size_bytes - sum(chunk.size for chunk in wanted)
-            for size in in_order(partial(self._send, base, folder, artifact), wanted, self._streams):
+            for size in in_order(partial(self._send, carrier, base, folder, artifact), wanted, self._streams):
                 lease.reacquire()
                 done += size
                 progress("publish", done, artifact.size_bytes)
-            for _ in self._received(partial(self._read_back, base, artifact), artifact, wanted, progress):
+            read_back = partial(self._read_back, carrier, base, artifact)
+            for _ in self._received(read_back, artifact, wanted, progress):
                 lease.reacquire()
             keys = [self._lease_name(artifact.id), manifest.place]
             if not self._client.eval(COMMIT, len(keys), *keys, lease.local.token, manifest.field, manifest.content):
                 raise StoreError(f"{self._url}: the lease of {artifact.id} ran out: publish again")
 
-    def _wanted(self, base: str, artifact: Artifact, lease: Lock) -> list[Chunk]:
+    def _wanted(self, carrier: Any, base: str, artifact: Artifact, lease: Lock) -> list[Chunk]:
         """Chunks that are not there, or not as they should be."""
         wanted = set(self.missing(base, artifact))
         there = [chunk for chunk in artifact.chunks() if chunk not in wanted]
-        for chunk, whole in zip(there, in_order(partial(self._is_stored, base), there, self._streams), strict=True):
+        stored = in_order(partial(self._is_stored, carrier, base), there, self._streams)
+        for chunk, whole in zip(there, stored, strict=True):
             if not whole:
                 wanted.add(chunk)
             lease.reacquire()
@@ -107,8 +120,10 @@ class Chunks:
             shutil.rmtree(target, ignore_errors=True)
             draft = target.with_name(f".{target.name}.partial")
             wanted = prepare_files(draft, artifact)
-            for _ in self._received(partial(self._bring, base, artifact, draft), artifact, wanted, progress):
-                pass
+            with closing(self._carry()) as carrier:
+                bring = partial(self._bring, carrier, base, artifact, draft)
+                for _ in self._received(bring, artifact, wanted, progress):
+                    pass
             (draft / raw[0]).write_bytes(raw[1])
             sync_tree(draft)
             rename_durably(draft, target)
@@ -137,9 +152,10 @@ class Chunks:
 
     @contextmanager
     def lease_now(self, name: str) -> Iterator[bool]:
-        """The same without waiting: yields whether it could be had."""
-        lease = self._lock(name)
-        had = bool(lease.acquire(blocking=False))
+        """The same without waiting, and where memory has run out: yields whether it could be had."""
+        lease, token = self._lock(name), uuid4().hex.encode()
+        had = bool(self._client.eval(LEASE, 1, self._lease_name(name), token, round(1e3 * self._lease_s)))
+        lease.local.token = token
         try:
             yield had
         finally:
@@ -171,19 +187,19 @@ class Chunks:
 
     # --- one chunk, on whichever thread
 
-    def _send(self, base: str, folder: Path, artifact: Artifact, chunk: Chunk) -> int:
-        self._client.set(self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder)))
+    def _send(self, carrier: Any, base: str, folder: Path, artifact: Artifact, chunk: Chunk) -> int:
+        carrier.set(self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder)))
         return chunk.size
 
-    def _is_stored(self, base: str, chunk: Chunk) -> bool:
-        return sha256(self._client.get(self.key(base, chunk)) or b"") == chunk.sha256
+    def _is_stored(self, carrier: Any, base: str, chunk: Chunk) -> bool:
+        return sha256(carrier.get(self.key(base, chunk)) or b"") == chunk.sha256
 
-    def _read_back(self, base: str, artifact: Artifact, chunk: Chunk) -> bytes:
+    def _read_back(self, carrier: Any, base: str, artifact: Artifact, chunk: Chunk) -> bytes:
         """Raises StoreError, naming the chunk, unless it is as the manifest says."""
-        return check_chunk(artifact, chunk, self._client.get(self.key(base, chunk)), self._url)
+        return check_chunk(artifact, chunk, carrier.get(self.key(base, chunk)), self._url)
 
-    def _bring(self, base: str, artifact: Artifact, folder: Path, chunk: Chunk) -> None:
-        write_chunk(folder, chunk, self._read_back(base, artifact, chunk))
+    def _bring(self, carrier: Any, base: str, artifact: Artifact, folder: Path, chunk: Chunk) -> None:
+        write_chunk(folder, chunk, self._read_back(carrier, base, artifact, chunk))
 
     def _received(
         self, receive: Callable[[Chunk], object], artifact: Artifact, chunks: list[Chunk], progress: Progress

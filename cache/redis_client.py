@@ -30,7 +30,9 @@ from model.datasets.schema import nearest
 
 PREFIX = "ranktower"
 PORT, SENTINEL_PORT = 6379, 26379
-TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
+ANSWER_S = 2.0  # for questions, answered at once by a server that is well; one that hangs may have been replaced
+TRANSFER_S = 30.0  # for chunks and rows, which are megabytes
+CONNECT_S, SENTINEL_S = 2.0, 1.0
 RETRIES = 3  # of a command, after 0.1, 0.2 and 0.4 s; opening a connection has as many of its own
 HEALTH_CHECK_S = 30
 ESCAPE = "write special characters of a password as %xx"
@@ -230,13 +232,16 @@ def _knowledge(sentinel: Any) -> str:
     return f"{place} knows {', '.join(masters) or 'none'}"
 
 
-def connect(address: Address) -> Any:
-    """A redis.Redis or redis.RedisCluster, alike in all that a store does. A cluster is asked for its slots here."""
+def connect(address: Address, timeout_s: float = ANSWER_S) -> Any:
+    """A redis.Redis or redis.RedisCluster, alike in all that a store does. A cluster is asked for its slots here.
+
+    timeout_s: of a silence, and of all that is sent at once; the URL may say otherwise.
+    """
     for name in TLS_FILES:
         path = address.options.get(name)
         if path is not None and not Path(path).is_file():
             raise StoreError(f"{address.url}: {name}: there is no file {path}: correct its path")
-    timeouts = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+    timeouts = {"socket_timeout": timeout_s, "socket_connect_timeout": CONNECT_S}
     options: dict[str, Any] = {**timeouts, **address.options}
     retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), RETRIES)
     if address.kind == "redis+cluster":
@@ -250,11 +255,14 @@ def connect(address: Address) -> Any:
 
 
 def _sentinels(address: Address, options: Mapping[str, Any]) -> Masters:
-    """They answer at once or not at all: the command that asks them is tried again by itself."""
-    kept = {name: value for name, value in options.items() if name.startswith(("ssl", "socket_connect"))}
+    """They answer at once or not at all: the command that asks them is tried again by itself.
+
+    One may lie on the machine that was lost with the master, so its silence is part of every failover.
+    """
+    kept = {name: value for name, value in options.items() if name.startswith("ssl")}
     if address.sentinel_auth:
         kept |= {name: options[name] for name in ("username", "password")}
-    kept |= {"socket_timeout": CONNECT_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)}
+    kept |= {"socket_timeout": SENTINEL_S, "socket_connect_timeout": SENTINEL_S, "retry": Retry(NoBackoff(), 0)}
     return Masters(address.nodes, sentinel_kwargs=kept)  # type: ignore[no-untyped-call]
 
 

@@ -28,15 +28,20 @@ for place = 2, #ARGV do id = redis.call('XADD', KEYS[1], '*', ARGV[1], ARGV[plac
 return id
 """
 RAISE = """
-if ARGV[1] > (redis.call('GET', KEYS[1]) or '') then redis.call('SET', KEYS[1], ARGV[1]) end
+if ARGV[1] > (redis.call('GET', KEYS[1]) or '') then
+  redis.call('DEL', KEYS[1])  -- a script that has written is not refused where memory has run out: trimming frees some
+  redis.call('SET', KEYS[1], ARGV[1])
+end
 """
 
 
 class RedisLog:
-    """The log in one stream. `client` is a redis.Redis or a redis.RedisCluster, `errors` turns what they raise."""
+    """The log in one stream. `client` and `carrier`, for what is large, are each a redis.Redis or a redis.RedisCluster;
+    `errors` turns what they raise."""
 
-    def __init__(self, client: Any, key: str, errors: Callable[[], AbstractContextManager[None]]) -> None:
-        self._client, self._key, self._floor_key, self._errors = client, key, f"{key}:floor", errors
+    def __init__(self, client: Any, carrier: Any, key: str, errors: Callable[[], AbstractContextManager[None]]) -> None:
+        self._client, self._carrier = client, carrier
+        self._key, self._floor_key, self._errors = key, f"{key}:floor", errors
 
     def append(self, payloads: Sequence[bytes]) -> int:
         largest = max((len(payload) for payload in payloads), default=0)
@@ -45,7 +50,7 @@ class RedisLog:
                 f"an append of {len(payloads)} entries, the largest of {largest:,} octets: send fewer rows"
             )
         with self._errors():
-            return _position(self._client.eval(APPEND, 1, self._key, FIELD, *payloads))
+            return _position(self._carrier.eval(APPEND, 1, self._key, FIELD, *payloads))
 
     def read(self, after: int, limit: int) -> list[Entry]:
         with self._errors():
@@ -72,7 +77,7 @@ class RedisLog:
 
     def trim(self, up_to: int) -> None:
         with self._errors():
-            self._client.xtrim(self._key, minid=_id(up_to + 1), approximate=False)
+            self._carrier.xtrim(self._key, minid=_id(up_to + 1), approximate=False)
 
     def floor(self) -> int:
         with self._errors():

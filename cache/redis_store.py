@@ -33,7 +33,7 @@ from cache.changes import ChangeLog, Newer
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
 from cache.redis_chunks import STREAMS, Chunks, Manifest
-from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
+from cache.redis_client import ANSWER_S, TRANSFER_S, connect, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
     BUNDLE,
@@ -134,14 +134,20 @@ class RedisStore:
 
     @cached_property
     def _client(self) -> Any:
-        """Made with the first question: a cluster is asked for its slots then. A failure is not kept."""
+        """For questions. Made with the first: a cluster is asked for its slots then. A failure is not kept."""
         return connect(self._address)
+
+    @cached_property
+    def _carrier(self) -> Any:
+        """For the rows of updates, which may be large."""
+        return connect(self._address, TRANSFER_S)
 
     @cached_property
     def _chunks(self) -> Chunks:
         most = self._address.options.get("max_connections", STREAMS + 1)  # notices keep one for themselves
         streams = max(1, min(STREAMS, most - 1))
-        return Chunks(self._client, self._address.prefix, self.url, self._lease_s, streams)
+        carry = partial(connect, self._address, TRANSFER_S)
+        return Chunks(self._client, carry, self._address.prefix, self.url, self._lease_s, streams)
 
     # --- releases
 
@@ -287,8 +293,9 @@ class RedisStore:
     def close(self) -> None:
         self._followers.close()
         self._unsubscribe()
-        if "_client" in self.__dict__:
-            self._client.close()
+        for name in ("_client", "_carrier"):
+            if name in self.__dict__:
+                getattr(self, name).close()
 
     def _cache(self, cache_dir: Path) -> Path:
         """The part of a cache that is this store's alone, whatever password it is read with."""
@@ -353,7 +360,7 @@ class RedisStore:
 
     def log(self, name: str) -> ChangeLog:
         with self._errors():
-            return RedisLog(self._client, self._log_key(name), self._errors)
+            return RedisLog(self._client, self._carrier, self._log_key(name), self._errors)
 
     def logs(self, kind: str) -> Names:
         start = self._log_key(f"{kind}/")
@@ -367,7 +374,7 @@ class RedisStore:
                 self._client.unlink(key)
 
     def _log_key(self, name: str) -> str:
-        return f"{self._chunks.prefix}:{name.replace('/', ':')}"
+        return f"{self._address.prefix}:{name.replace('/', ':')}"
 
     # --- what dead publishers left
 
@@ -402,7 +409,7 @@ class RedisStore:
         notices = self._client.pubsub()
         try:
             notices.subscribe(self._notices)
-            notices.get_message(timeout=CONNECT_TIMEOUT_S)  # in force before anyone looks
+            notices.get_message(timeout=ANSWER_S)  # in force before anyone looks
             self._notices_of = notices
         except NoPermissionError:
             log.warning("%s: may not subscribe to %s: looking every %g s instead", self.url, self._notices, POLL_S)

@@ -45,7 +45,7 @@ POINTS = {"tiny": 6, "full": 200}  # flips and cuts, of each
 WITHIN_S = 30.0  # a replica must have said what it makes of a release
 LOOK_S = 0.02
 READYZ = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-PREFIX = "bench"
+PREFIX, CACHE = "bench", "replica"
 WORKERS = {"file": 1, "redis": 2}  # one process; a refresher that fetches, and workers
 DIGITS = re.compile(r"[0-9a-f]{12,}|\d+")
 COLUMNS = ("store", "damage", "of", "points", "activate refused", "replica refused", "taken", "reason, one of them")
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Releases:
-    """Folders of releases, and the right answers of the first."""
+    """Folders of releases, and what is asked of them."""
 
-    oracle: Oracle
+    bodies: Sequence[bytes]
     first: Path  # serves
     second: Path  # of the same bundle and ids, with other records: is damaged
     foreign: Path  # of another bundle
@@ -85,8 +85,6 @@ class Releases:
 
 def prepare(items: int, out: Path, home: Path) -> Releases:
     made = make(Plan(items=items), out / "made")
-    oracle = Oracle(bodies(made, BODIES, CANDIDATES, seed=5))
-    oracle.know(made.release)
     second, mixed = home / "second", home / "mixed"
     shutil.copytree(made.release, second)
     another(Course(made, Path(), Oracle([])), second)
@@ -96,7 +94,7 @@ def prepare(items: int, out: Path, home: Path) -> Releases:
     shutil.copytree(foreign / BUNDLE, mixed / BUNDLE)
     release = read_release(second)
     seal_release(mixed, bundle_id=release.bundle_id, head=release.head)
-    return Releases(oracle, made.release, second, foreign, mixed)
+    return Releases(bodies(made, BODIES, CANDIDATES, seed=5), made.release, second, foreign, mixed)
 
 
 # --- stores that can be damaged --------------------------------------------------------------------------------------
@@ -165,16 +163,19 @@ class Server:
 
     def get(self, release_id: str, piece: str) -> bytes:
         if piece == RELEASE:
-            return bytes(self._client.hget(f"{{{PREFIX}}}:releases", release_id))
-        return bytes(self._client.get(f"{PREFIX}:release:{release_id}:{piece}"))
+            found: Any = self._client.hget(f"{{{PREFIX}}}:releases", release_id)
+        else:
+            found = self._client.get(f"{PREFIX}:release:{release_id}:{piece}")
+        return bytes(found)
 
     def put(self, release_id: str, piece: str, content: bytes | None) -> None:
         key = f"{PREFIX}:release:{release_id}:{piece}"
         if piece == RELEASE:
             place = f"{{{PREFIX}}}:releases"
-            self._client.hset(place, release_id, content) if content is not None else self._client.hdel(
-                place, release_id
-            )
+            if content is None:
+                self._client.hdel(place, release_id)
+            else:
+                self._client.hset(place, release_id, content)
         elif content is None:
             self._client.delete(key)
         else:
@@ -236,7 +237,8 @@ def read_header_of(place: Place, release_id: str) -> dict[str, tuple[int, int]]:
     with TemporaryDirectory() as folder:
         path = Path(folder, ITEMS)
         path.write_bytes(place.get(release_id, table_piece(place, release_id, 0)[0]))
-        return {name: tuple(section) for name, section in read_header(path).sections.items() if section.size}
+        sections = read_header(path).sections.items()
+        return {name: (section.offset, section.size) for name, section in sections if section.size}
 
 
 def table_piece(place: Place, release_id: str, at: int) -> tuple[str, int]:
@@ -314,10 +316,12 @@ class Trial:
         others = {"the release that serves": first, "one of another bundle": foreign}
         damages = [*flips(place, second, self.points, rng), *cuts(place, second, self.points, rng)]
         damages += swaps(place, second, others)
-        with serving(place.url, WORKERS[self.kind], self.home) as replica, observed([replica], made.oracle):
+        oracle = Oracle(made.bodies)  # which does not know the second release yet: an answer from it is wrong
+        oracle.know(made.first)
+        with serving(place.url, WORKERS[self.kind], self.home) as replica, observed([replica], oracle):
             rows = [self._try(replica, first, second, damage) for damage in damages]
             rows.append(self._try(replica, first, mixed, Damage("swapped", "bundle, sealed as one", {})))
-            made.oracle.know(made.second)
+            oracle.know(made.second)
             store.activate(second)
             taken = until_told(replica, second) is None
         asked = replica.asked
@@ -342,6 +346,8 @@ class Trial:
         reason = until_told(replica, target)
         place.point(first)
         until_calm(replica, first)
+        for cut in (self.home / CACHE).glob(f"*/.{target}.partial"):  # whole chunks of it would not be fetched again
+            shutil.rmtree(cut)
         for piece in damage.pieces:
             place.put(target, piece, before.get(piece))
         row = {"kind": "damage", "store": self.kind, "damage": damage.kind, "of": damage.of}
@@ -351,7 +357,7 @@ class Trial:
 @contextmanager
 def serving(url: str, workers: int, home: Path) -> Iterator[Replica]:
     port = free_port()
-    flags = ("--workers", str(workers), "--cache-dir", str(home / "replica"))
+    flags = ("--workers", str(workers), "--cache-dir", str(home / CACHE))
     with server([*serve_command(url, port), *flags], port, None, ready=b"/readyz"):
         yield Replica(f"{workers} workers", port)
 

@@ -44,7 +44,7 @@ return 1
 
 # Deletes first, for a script that has written is not refused where memory has run out: who prunes is to free some.
 LEASE = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+if redis.call('GET', KEYS[1]) then return 0 end
 redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1

@@ -23,7 +23,12 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.cluster import ClusterNode
 from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel
+from redis.sentinel import (
+    MasterNotFoundError,
+    Sentinel,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 
 from cache.errors import StoreError
 from model.datasets.schema import nearest
@@ -232,6 +237,24 @@ def _knowledge(sentinel: Any) -> str:
     return f"{place} knows {', '.join(masters) or 'none'}"
 
 
+class _AsksAgain:
+    """Asks the sentinels whenever it connects: redis-py keeps to the server that it had while it tries a command again,
+    also to one that hangs and was replaced meanwhile."""
+
+    def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:
+        if self._sock is None:  # type: ignore[attr-defined]
+            self.host, self.port = self.connection_pool.get_master_address()  # type: ignore[attr-defined]
+        super().connect_check_health(check_health, retry_socket_connect)  # type: ignore[misc]
+
+
+class MasterConnection(_AsksAgain, SentinelManagedConnection):
+    """To whoever is the master."""
+
+
+class TlsMasterConnection(_AsksAgain, SentinelManagedSSLConnection):
+    """The same over TLS."""
+
+
 def connect(address: Address, timeout_s: float = ANSWER_S) -> Any:
     """A redis.Redis or redis.RedisCluster, alike in all that a store does. A cluster is asked for its slots here.
 
@@ -249,7 +272,9 @@ def connect(address: Address, timeout_s: float = ANSWER_S) -> Any:
         return RedisCluster(startup_nodes=nodes, retry=retry, **options)
     options = {"health_check_interval": HEALTH_CHECK_S, "retry": retry, **options}
     if address.kind == "redis+sentinel":
-        return _sentinels(address, options).master_for(address.service, **options)  # type: ignore[no-untyped-call]
+        kind = TlsMasterConnection if options["ssl"] else MasterConnection
+        sentinels = _sentinels(address, options)
+        return sentinels.master_for(address.service, connection_class=kind, **options)  # type: ignore[no-untyped-call]
     ((host, port),) = address.nodes
     return Redis(host=host, port=port, **options)
 

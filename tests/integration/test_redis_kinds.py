@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -252,6 +253,26 @@ def test_a_master_that_was_replaced_in_order_is_left(folders: list[Path]) -> Non
         assert eventually(lambda: failure(store) == "")
         assert store.current() == old
         assert activated(store, folders[0]) == store.current()
+
+
+def test_a_master_that_hangs_is_left_for_the_one_that_replaced_it(folders: list[Path], tmp_path: Path) -> None:
+    with running_sentinel() as watched:
+        url = f"{watched.url}?prefix=hangs"
+        store, reader = RedisStore(url), RedisStore(f"{url}&socket_timeout=0.3")
+        old = activated(store, folders[1])
+        assert reader.wait(NOTHING, 1).current == old
+        reader.fetch(old, tmp_path)  # its connections are open, to the master
+        reader.log("changes").last()
+        replicate(watched)
+        watched.master.process.send_signal(signal.SIGSTOP)
+        try:
+            assert eventually(lambda: master_port(watched) == watched.replica.port)
+            new = activated(RedisStore(url), folders[0])
+            assert reader.wait(Live(current=old), 0.1).current == new
+            assert verify_release(reader.fetch(new, tmp_path)).id == new
+            assert reader.log("changes").last() == 0
+        finally:
+            watched.master.process.send_signal(signal.SIGCONT)
 
 
 def until_changed(store: RedisStore, seen: str) -> str | None:

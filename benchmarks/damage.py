@@ -41,7 +41,7 @@ from loadtest.serving import HOST, free_port, serve_command
 from model.errors import RankTowerError
 
 SIZES = {"tiny": 2_000, "full": 20_000}
-POINTS = {"tiny": 6, "full": 200}  # flips and cuts, of each
+POINTS = {"tiny": 6, "full": 120}  # flips and cuts, of each
 WITHIN_S = 30.0  # a replica must have said what it makes of a release
 LOOK_S = 0.02
 READYZ = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -318,12 +318,16 @@ class Trial:
         damages += swaps(place, second, others)
         oracle = Oracle(made.bodies)  # which does not know the second release yet: an answer from it is wrong
         oracle.know(made.first)
-        with serving(place.url, WORKERS[self.kind], self.home) as replica, observed([replica], oracle):
-            rows = [self._try(replica, first, second, damage) for damage in damages]
-            rows.append(self._try(replica, first, mixed, Damage("swapped", "bundle, sealed as one", {})))
+        with (
+            serving(place.url, WORKERS[self.kind], self.home) as replica,
+            observed([replica], oracle),
+            Line(replica.port) as line,
+        ):
+            rows = [self._try(line, first, second, damage) for damage in damages]
+            rows.append(self._try(line, first, mixed, Damage("swapped", "bundle, sealed as one", {})))
             oracle.know(made.second)
             store.activate(second)
-            taken = until_told(replica, second) is None
+            taken = until_told(line, second) is None
         asked = replica.asked
         failed = sum(each.release is None for each in asked)
         wrong = sum(each.release is not None and each.wrong is not None for each in asked)
@@ -331,7 +335,7 @@ class Trial:
                      "whole_taken": taken})  # fmt: skip
         return rows
 
-    def _try(self, replica: Replica, first: str, target: str, damage: Damage) -> dict[str, Any]:
+    def _try(self, line: Line, first: str, target: str, damage: Damage) -> dict[str, Any]:
         """Do it, activate, hear what the replica says, and put all back."""
         place = self.place
         before = {piece: place.get(target, piece) for piece in damage.pieces if piece in place.pieces(target)}
@@ -343,9 +347,9 @@ class Trial:
         except RankTowerError as error:
             refused = str(error)
             place.point(target)
-        reason = until_told(replica, target)
+        reason = until_told(line, target)
         place.point(first)
-        until_calm(replica, first)
+        until_calm(line, first)
         for cut in (self.home / CACHE).glob(f"*/.{target}.partial"):  # whole chunks of it would not be fetched again
             shutil.rmtree(cut)
         for piece in damage.pieces:
@@ -362,26 +366,25 @@ def serving(url: str, workers: int, home: Path) -> Iterator[Replica]:
         yield Replica(f"{workers} workers", port)
 
 
-def until_told(replica: Replica, target: str) -> str | None:
+def until_told(line: Line, target: str) -> str | None:
     """Why the replica does not serve what the store names; None once it does."""
-    state = until(replica, lambda state: state["release"] == target or state["store"]["failure"] is not None)
+    state = until(line, lambda state: state["release"] == target or state["store"]["failure"] is not None)
     return None if state["release"] == target else str(state["store"]["failure"])
 
 
-def until_calm(replica: Replica, release: str) -> None:
+def until_calm(line: Line, release: str) -> None:
     """Wait until the replica serves the release, and nothing is wrong."""
-    until(replica, lambda state: state["release"] == release and state["store"]["failure"] is None)
+    until(line, lambda state: state["release"] == release and state["store"]["failure"] is None)
 
 
-def until(replica: Replica, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """What /readyz says once it says that. Raises TimeoutError. One worker is asked: all follow the same news."""
+def until(line: Line, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """What /readyz says once it says that. Raises TimeoutError. A line leads to one worker: each hears by itself."""
     give_up_s = time.monotonic() + WITHIN_S
-    with Line(replica.port) as line:
-        while time.monotonic() < give_up_s:
-            state: dict[str, Any] = orjson.loads(line.ask(READYZ).body)
-            if reached(state):
-                return state
-            time.sleep(LOOK_S)
+    while time.monotonic() < give_up_s:
+        state: dict[str, Any] = orjson.loads(line.ask(READYZ).body)
+        if reached(state):
+            return state
+        time.sleep(LOOK_S)
     raise TimeoutError(f"a replica has not followed its store within {WITHIN_S:g} s; it says {state}")
 
 

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -64,8 +64,8 @@ class Manifest(NamedTuple):
 class Chunks:
     """The chunks below `prefix`. `client` is what `redis_client.connect` returns; `streams` chunks move at a time.
 
-    `carry` makes a client for the chunks themselves, one for each upload or download: its idle connections would be
-    found in the next one, when they may lead to a master that hangs and was replaced.
+    `carry` makes a client for what is large. A replica makes one for each download: idle connections would be found by
+    the next one, hours later, when they may lead to a master that hangs and was replaced.
     """
 
     def __init__(
@@ -74,34 +74,46 @@ class Chunks:
         self._client, self._carry, self._prefix, self._url = client, carry, prefix, url
         self._lease_s, self._streams = lease_s, streams
 
+    @cached_property
+    def carrier(self) -> Any:
+        """Of who writes, for all that is done under a lease. Kept: who tries again finds its connections open."""
+        return self._carry()
+
+    def close(self) -> None:
+        if "carrier" in self.__dict__:
+            self.carrier.close()
+
     def missing(self, base: str, artifact: Artifact) -> list[Chunk]:
         """Chunks that are not there, or of another size."""
+        return self._missing(self._client, base, artifact)
+
+    def _missing(self, client: Any, base: str, artifact: Artifact) -> list[Chunk]:
         chunks = list(artifact.chunks())
-        sizes = self.pipelined("STRLEN", [self.key(base, chunk) for chunk in chunks])
+        sizes = _pipelined(client, "STRLEN", [self.key(base, chunk) for chunk in chunks])
         return [chunk for chunk, size in zip(chunks, sizes, strict=True) if size != chunk.size]
 
     def upload(self, base: str, folder: Path, artifact: Artifact, manifest: Manifest, progress: Progress) -> None:
         """Send the chunks that are missing, read all back, then write the manifest if the lease is still ours."""
         check_sizes(folder, artifact)
-        with closing(self._carry()) as carrier, self.lease(artifact.id) as lease:
-            wanted = self._wanted(carrier, base, artifact, lease)
+        with self.lease(artifact.id) as lease:
+            wanted = self._wanted(base, artifact, lease)
             done = artifact.size_bytes - sum(chunk.size for chunk in wanted)
-            for size in in_order(partial(self._send, carrier, base, folder, artifact), wanted, self._streams):
+            for size in in_order(partial(self._send, base, folder, artifact), wanted, self._streams):
                 lease.reacquire()
                 done += size
                 progress("publish", done, artifact.size_bytes)
-            read_back = partial(self._read_back, carrier, base, artifact)
+            read_back = partial(self._read_back, self.carrier, base, artifact)
             for _ in self._received(read_back, artifact, wanted, progress):
                 lease.reacquire()
             keys = [self._lease_name(artifact.id), manifest.place]
-            if not self._client.eval(COMMIT, len(keys), *keys, lease.local.token, manifest.field, manifest.content):
+            if not self.carrier.eval(COMMIT, len(keys), *keys, lease.local.token, manifest.field, manifest.content):
                 raise StoreError(f"{self._url}: the lease of {artifact.id} ran out: publish again")
 
-    def _wanted(self, carrier: Any, base: str, artifact: Artifact, lease: Lock) -> list[Chunk]:
+    def _wanted(self, base: str, artifact: Artifact, lease: Lock) -> list[Chunk]:
         """Chunks that are not there, or not as they should be."""
-        wanted = set(self.missing(base, artifact))
+        wanted = set(self._missing(self.carrier, base, artifact))
         there = [chunk for chunk in artifact.chunks() if chunk not in wanted]
-        stored = in_order(partial(self._is_stored, carrier, base), there, self._streams)
+        stored = in_order(partial(self._is_stored, base), there, self._streams)
         for chunk, whole in zip(there, stored, strict=True):
             if not whole:
                 wanted.add(chunk)
@@ -143,7 +155,7 @@ class Chunks:
     @contextmanager
     def lease(self, name: str) -> Iterator[Lock]:
         """The right to write the chunks of that name, for a while; waits until nobody else has it."""
-        lease = self._lock(name)
+        lease = self._lock(self.carrier, name)
         lease.acquire()
         try:
             yield lease
@@ -153,7 +165,7 @@ class Chunks:
     @contextmanager
     def lease_now(self, name: str) -> Iterator[bool]:
         """The same without waiting, and where memory has run out: yields whether it could be had."""
-        lease, token = self._lock(name), uuid4().hex.encode()
+        lease, token = self._lock(self._client, name), uuid4().hex.encode()
         had = bool(self._client.eval(LEASE, 1, self._lease_name(name), token, round(1e3 * self._lease_s)))
         lease.local.token = token
         try:
@@ -162,8 +174,8 @@ class Chunks:
             if had:
                 self._release(lease)
 
-    def _lock(self, name: str) -> Lock:
-        return Lock(self._client, self._lease_name(name), timeout=self._lease_s, thread_local=False)
+    def _lock(self, client: Any, name: str) -> Lock:
+        return Lock(client, self._lease_name(name), timeout=self._lease_s, thread_local=False)
 
     def _release(self, lease: Lock) -> None:
         """Give a lease back. One that ran out meanwhile is no error here: the commit has looked at it."""
@@ -174,10 +186,7 @@ class Chunks:
 
     def pipelined(self, command: str, keys: Iterable[str]) -> list[Any]:
         """One command for each key, in one round trip."""
-        pipeline = self._client.pipeline(transaction=False)
-        for key in keys:
-            pipeline.execute_command(command, key)
-        return list(pipeline.execute())
+        return _pipelined(self._client, command, keys)
 
     def key(self, base: str, chunk: Chunk) -> str:
         return f"{self._prefix}:{base}:{chunk.path}:{chunk.number}"
@@ -187,12 +196,12 @@ class Chunks:
 
     # --- one chunk, on whichever thread
 
-    def _send(self, carrier: Any, base: str, folder: Path, artifact: Artifact, chunk: Chunk) -> int:
-        carrier.set(self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder)))
+    def _send(self, base: str, folder: Path, artifact: Artifact, chunk: Chunk) -> int:
+        self.carrier.set(self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder)))
         return chunk.size
 
-    def _is_stored(self, carrier: Any, base: str, chunk: Chunk) -> bool:
-        return sha256(carrier.get(self.key(base, chunk)) or b"") == chunk.sha256
+    def _is_stored(self, base: str, chunk: Chunk) -> bool:
+        return sha256(self.carrier.get(self.key(base, chunk)) or b"") == chunk.sha256
 
     def _read_back(self, carrier: Any, base: str, artifact: Artifact, chunk: Chunk) -> bytes:
         """Raises StoreError, naming the chunk, unless it is as the manifest says."""
@@ -210,6 +219,13 @@ class Chunks:
             yield
             done += chunk.size
             progress("verify", done, artifact.size_bytes)
+
+
+def _pipelined(client: Any, command: str, keys: Iterable[str]) -> list[Any]:
+    pipeline = client.pipeline(transaction=False)
+    for key in keys:
+        pipeline.execute_command(command, key)
+    return list(pipeline.execute())
 
 
 def _is_whole(folder: Path, artifact: Artifact) -> bool:

@@ -36,10 +36,12 @@ end
 
 
 class RedisLog:
-    """The log in one stream. `client` and `carrier`, for what is large, are each a redis.Redis or a redis.RedisCluster;
-    `errors` turns what they raise."""
+    """The log in one stream. `client` is a redis.Redis or a redis.RedisCluster, `carrier` gives another one for what is
+    large, `errors` turns what they raise."""
 
-    def __init__(self, client: Any, carrier: Any, key: str, errors: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, client: Any, carrier: Callable[[], Any], key: str, errors: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._client, self._carrier = client, carrier
         self._key, self._floor_key, self._errors = key, f"{key}:floor", errors
 
@@ -50,7 +52,7 @@ class RedisLog:
                 f"an append of {len(payloads)} entries, the largest of {largest:,} octets: send fewer rows"
             )
         with self._errors():
-            return _position(self._carrier.eval(APPEND, 1, self._key, FIELD, *payloads))
+            return _position(self._carrier().eval(APPEND, 1, self._key, FIELD, *payloads))
 
     def read(self, after: int, limit: int) -> list[Entry]:
         with self._errors():
@@ -77,7 +79,7 @@ class RedisLog:
 
     def trim(self, up_to: int) -> None:
         with self._errors():
-            self._carrier.xtrim(self._key, minid=_id(up_to + 1), approximate=False)
+            self._carrier().xtrim(self._key, minid=_id(up_to + 1), approximate=False)
 
     def floor(self) -> int:
         with self._errors():

@@ -138,11 +138,6 @@ class RedisStore:
         return connect(self._address)
 
     @cached_property
-    def _carrier(self) -> Any:
-        """For the rows of updates, which may be large."""
-        return connect(self._address, TRANSFER_S)
-
-    @cached_property
     def _chunks(self) -> Chunks:
         most = self._address.options.get("max_connections", STREAMS + 1)  # notices keep one for themselves
         streams = max(1, min(STREAMS, most - 1))
@@ -293,7 +288,7 @@ class RedisStore:
     def close(self) -> None:
         self._followers.close()
         self._unsubscribe()
-        for name in ("_client", "_carrier"):
+        for name in ("_client", "_chunks"):
             if name in self.__dict__:
                 getattr(self, name).close()
 
@@ -360,7 +355,7 @@ class RedisStore:
 
     def log(self, name: str) -> ChangeLog:
         with self._errors():
-            return RedisLog(self._client, self._carrier, self._log_key(name), self._errors)
+            return RedisLog(self._client, lambda: self._chunks.carrier, self._log_key(name), self._errors)
 
     def logs(self, kind: str) -> Names:
         start = self._log_key(f"{kind}/")

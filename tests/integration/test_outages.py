@@ -36,23 +36,22 @@ def run(module: str, folder: Path, *arguments: str) -> str:
 
 
 def test_outages_are_measured_from_before_their_beginning_until_both_replicas_have_recovered(tmp_path: Path) -> None:
-    shown = run("outages", tmp_path, "--outages", "killed", "resetting", "--seconds", "1.5")
+    shown = run("outages", tmp_path, "--outages", "resetting", "--seconds", "1.5")
     rows: list[dict[str, Any]] = read(tmp_path / "outages-tiny.json")["rows"]
     replicas = [row for row in rows if row["kind"] == "replica"]
     assert [(row["outage"], row["replica"]) for row in replicas] == [
-        (outage, replica) for outage in ("killed", "resetting") for replica in ("1 worker", "2 workers")
+        ("resetting", "1 worker"),
+        ("resetting", "2 workers"),
     ]
     assert all(row["asked"] > 0 and row["failed"] == row["wrong"] == 0 for row in replicas)
-    assert "Connection refused" in shown
-    verbs = {(row["outage"], row["when"], row["verb"]) for row in rows if row["kind"] == "verb"}
-    assert verbs == {
-        (o, w, v) for o in ("killed", "resetting") for w in ("before", "within") for v in ("publish", "update")
-    }
+    assert "Connection reset by peer" in shown
+    verbs = {(row["when"], row["verb"]) for row in rows if row["kind"] == "verb"}
+    assert verbs == {(when, verb) for when in ("before", "within") for verb in ("publish", "update")}
     assert all(row["exit"] == 0 for row in rows if row["kind"] == "verb" and row["when"] == "before")
 
 
 def test_damage_of_every_kind_is_refused_by_replicas_of_both_stores(tmp_path: Path) -> None:
-    run("damage", tmp_path, "--points", "4")
+    run("damage", tmp_path, "--points", "2")
     rows = [row for row in read(tmp_path / "damage-tiny.json")["rows"] if row["kind"] == "damage"]
     assert {(row["store"], row["damage"]) for row in rows} == {
         (store, kind) for store in ("file", "redis") for kind in ("bit flipped", "cut", "gone", "swapped")
@@ -107,12 +106,10 @@ def test_a_proxy_resets_connections_when_told_and_where_nobody_listens() -> None
             client.recv(100)
     with socket.create_server((HOST, 0)) as listener:
         nowhere = listener.getsockname()[1]
-    with (
-        proxy(nowhere) as made,
-        socket.create_connection((HOST, made.port), timeout=10) as client,
-        pytest.raises(ConnectionResetError),
-    ):
-        client.recv(100)
+    with proxy(nowhere) as made, socket.socket() as client:
+        with pytest.raises(ConnectionResetError):  # while it connects, or a moment later
+            client.connect((HOST, made.port))
+            client.recv(100)
 
 
 # --- oracle and bars -------------------------------------------------------------------------------------------------

@@ -106,10 +106,14 @@ def test_a_proxy_resets_connections_when_told_and_where_nobody_listens() -> None
             client.recv(100)
     with socket.create_server((HOST, 0)) as listener:
         nowhere = listener.getsockname()[1]
-    with proxy(nowhere) as made, socket.socket() as client:
-        with pytest.raises(ConnectionResetError):  # while it connects, or a moment later
-            client.connect((HOST, made.port))
-            client.recv(100)
+    with proxy(nowhere) as made, pytest.raises(ConnectionResetError):
+        heard(made.port)
+
+
+def heard(port: int) -> bytes:
+    with socket.socket() as client:
+        client.connect((HOST, port))  # may be reset here, or a moment later
+        return client.recv(100)
 
 
 # --- oracle and bars -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from redis.exceptions import RedisClusterException, RedisError
 from redis.lock import Lock
@@ -44,6 +45,14 @@ redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
 return 1
 """
 
+# Deletes first, for a script that has written is not refused where memory has run out: who prunes is to free some.
+LEASE = """
+if redis.call('GET', KEYS[1]) then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
 log = logging.getLogger(__name__)
 
 
@@ -65,10 +74,6 @@ class Chunks:
     @property
     def _client(self) -> Any:
         return self._clients.quick
-
-    @property
-    def prefix(self) -> str:
-        return self._prefix
 
     def missing(self, base: str, artifact: Artifact) -> list[Chunk]:
         """Chunks that are not there, or of another size."""
@@ -149,9 +154,10 @@ class Chunks:
 
     @contextmanager
     def lease_now(self, name: str) -> Iterator[bool]:
-        """The same without waiting: yields whether it could be had."""
-        lease = self._lock(name)
-        had = bool(lease.acquire(blocking=False))
+        """The same without waiting, and where memory has run out: yields whether it could be had."""
+        lease, token = self._lock(name), uuid4().hex.encode()
+        had = bool(self._client.eval(LEASE, 1, self._lease_name(name), token, round(1e3 * self._lease_s)))
+        lease.local.token = token
         try:
             yield had
         finally:

@@ -37,11 +37,11 @@ from model.datasets.schema import nearest
 
 PREFIX = "ranktower"
 PORT, SENTINEL_PORT = 6379, 26379
-TIMEOUT_S, CONNECT_TIMEOUT_S = 2.0, 2.0  # of what answers at once: without a word for so long, a server is gone
-BULK_TIMEOUT_S = 30.0  # of a large write: 8 MB need 7 s at 10 Mbit/s, and nothing comes back before the last of them
-SENTINEL_TIMEOUT_S = 1.0  # there are others to ask
+ANSWER_S, CONNECT_S = 2.0, 2.0  # of what answers at once: without a word for so long, a server is gone
+TRANSFER_S = 30.0  # of a large write: 8 MB need 7 s at 10 Mbit/s, and nothing comes back before the last of them
+SENTINEL_S = 1.0  # there are others to ask
 RETRIES = 3  # of a command, after 0.1, 0.2 and 0.4 s; opening a connection has as many of its own
-RETRY_WITHIN_S = 1.0  # what took longer is not tried again: whoever asks next finds who is in charge then
+RETRY_WITHIN_S = 3.0  # what took longer is not tried again: so one timeout is, by who may be in charge by then
 HEALTH_CHECK_S = 30
 MOST_SECONDS = 86_400
 ESCAPE = "write special characters of a password as %xx"
@@ -237,7 +237,7 @@ Answer = TypeVar("Answer")
 
 
 class Brief(Retry):
-    """Tries again what failed at once, such as a connection that was refused; a timeout has taken the time there is."""
+    """Tries again what failed soon: for a silent server that is once."""
 
     __hash__ = Retry.__hash__
 
@@ -277,7 +277,7 @@ class MasterConnection(SentinelManagedConnection):
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         if self._sock is None:
-            self.connect()  # type: ignore[no-untyped-call]
+            self._connect_retry()  # type: ignore[no-untyped-call]
         super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
 
 
@@ -337,12 +337,12 @@ class Clients:
     @cached_property
     def quick(self) -> Any:
         """A command fails once nothing has come back for two seconds, however much is on its way."""
-        return self._connect(TIMEOUT_S)
+        return self._connect(ANSWER_S)
 
     @cached_property
     def bulk(self) -> Any:
         """The same for what sends much: then nothing comes back for long."""
-        return self._connect(BULK_TIMEOUT_S)
+        return self._connect(TRANSFER_S)
 
     def drop_idle(self) -> None:
         """Connections that wait for use may lead to who is silent, too. The client of a cluster sees to its own."""
@@ -363,9 +363,9 @@ class Clients:
             path = address.options.get(name)
             if path is not None and not Path(path).is_file():
                 raise StoreError(f"{address.url}: {name}: there is no file {path}: correct its path")
-        timeouts = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+        timeouts = {"socket_timeout": ANSWER_S, "socket_connect_timeout": CONNECT_S}
         options: dict[str, Any] = {**timeouts, **address.options}
-        if timeout_s > TIMEOUT_S:
+        if timeout_s > ANSWER_S:
             options["socket_timeout"] = max(timeout_s, options["socket_timeout"])
         retry = Brief(ExponentialBackoff(cap=1.0, base=0.05), RETRIES)
         if address.kind == "redis+cluster":
@@ -384,8 +384,8 @@ class Clients:
         options = {name: value for name, value in given.items() if name.startswith("ssl")}
         if self._address.sentinel_auth:
             options |= {name: given[name] for name in ("username", "password")}
-        options["socket_connect_timeout"] = given.get("socket_connect_timeout", SENTINEL_TIMEOUT_S)
-        options |= {"socket_timeout": SENTINEL_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)}
+        options["socket_connect_timeout"] = given.get("socket_connect_timeout", SENTINEL_S)
+        options |= {"socket_timeout": SENTINEL_S, "retry": Retry(NoBackoff(), 0)}
         return Masters(self._address.nodes, options)
 
 

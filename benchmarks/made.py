@@ -48,6 +48,7 @@ class Plan:
     ids: IdType = "int"
     dtype: Dtype = "int8"  # what RankTower is meant to serve
     items: int = SIZES["full"]
+    seed: int = 0  # another one: other records and weights, the same ids
 
     def __post_init__(self) -> None:
         if self.items < HISTORY_LENGTH:
@@ -57,7 +58,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.ids}-{self.dtype}-{self.items}"
+        return f"{self.kind}-{self.ids}-{self.dtype}-{self.items}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Made:
             table = np.lib.format.open_memmap(
                 self.folder / "part.npy", "w+", np.float32, (self.plan.items, self.bundle.head.item_size)
             )
-            for start, records in draw_records(self.bundle.head, self.plan.items):
+            for start, records in draw_records(self.bundle.head, self.plan.items, self.plan.seed):
                 table[start : start + len(records)] = records
             table.flush()
             np.save(self.folder / "ids.npy", self.ids, allow_pickle=False)
@@ -156,7 +157,7 @@ def write_items(path: Path, plan: Plan, owner: str, head: HeadSpec) -> None:
         id_type=plan.ids,
         layout=RecordLayout(head, plan.dtype),
     ) as writer:
-        for start, records in draw_records(head, plan.items):
+        for start, records in draw_records(head, plan.items, plan.seed):
             writer.append(ids[start : start + len(records)].tolist(), records)
         writer.finish()
 
@@ -174,14 +175,14 @@ def item_ids(plan: Plan) -> NDArray[Any]:
     return chosen if plan.ids == "int" else np.array([f"sku-{number}" for number in chosen.tolist()], object)
 
 
-def draw_records(head: HeadSpec, items: int) -> Iterator[tuple[int, Floats]]:
+def draw_records(head: HeadSpec, items: int, seed: int = 0) -> Iterator[tuple[int, Floats]]:
     """Parts of the catalogue, each with the row it starts at: (b, item size) float32.
 
     maxsim: unit vectors. cross_attention: E and V of about unit norm, gates G between 0 and 1.
     """
     for start in range(0, items, PART):
         count = min(PART, items - start)
-        rng = np.random.default_rng([2, start])
+        rng = np.random.default_rng([2, start, seed])
         shape = (count, ITEM_PARTS[head.kind], head.item_heads, head.dim)
         records = rng.standard_normal(shape, np.float32)
         if head.kind == "maxsim":
@@ -203,7 +204,7 @@ def write_bundle(plan: Plan, spec: FeatureSpec, run: Path, out: Path) -> None:
     from model.export import export_bundle
     from model.networks import NETWORKS
 
-    torch.manual_seed(0)
+    torch.manual_seed(plan.seed)
     options = {
         "user_heads": HEADS,
         "item_heads": HEADS,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel, memory, releases, report, scoring, service, train
+from benchmarks import kernel, large, memory, releases, report, scoring, service, swaps, train
 from benchmarks.lineup import ENTRIES
 from benchmarks.svg import Points, chart
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     page = given.docs / "performance.md"
     text = page.read_text()
-    for name in ("service", "memory", "kernel", "train", "releases"):
+    for name in ("service", "memory", "kernel", "train", "releases", "swaps", "large"):
         path = given.results / (f"{name}.json" if given.size == "full" else f"{name}-{given.size}.json")
         if not path.is_file():
             print(f"{path.name} is not there: its tables and plots stay as they are (make bench-{name})")
@@ -97,12 +97,24 @@ def _releases_tables(rows: Rows) -> Tables:
         yield f"releases-{block}", heads, cells
 
 
+def _swaps_tables(rows: Rows) -> Tables:
+    for heads, cells in swaps.tables(rows):
+        yield "swaps-windows", heads, cells
+
+
+def _large_tables(rows: Rows) -> Tables:
+    for block, (heads, cells) in zip(large.COLUMNS, large.tables(rows), strict=True):
+        yield f"large-{block}", heads, cells
+
+
 TABLES: dict[str, Callable[[Rows], Tables]] = {
     "service": _service_tables,
     "memory": _memory_tables,
     "kernel": kernel.tables,
     "train": _train_tables,
     "releases": _releases_tables,
+    "swaps": _swaps_tables,
+    "large": _large_tables,
 }
 
 
@@ -111,7 +123,7 @@ TABLES: dict[str, Callable[[Rows], Tables]] = {
 
 def plots(name: str, rows: Rows) -> Iterable[tuple[str, str]]:
     """Names and drawings: latency by number of candidates, and by size of the catalogue."""
-    if name in ("memory", "train", "releases"):
+    if name in ("memory", "train", "releases", "swaps", "large"):
         return
     rows = kernel.plotted(rows) if name == "kernel" else [row for row in rows if row["kind"] == "closed"]
     time = "p50_us" if name == "service" else "median_us"

@@ -179,7 +179,7 @@ def publish(course: Course, kind: str, built: Path, port: int) -> tuple[float, i
     if kind == "file":
         folder = course.home / "store"
         store = FileStore(f"file://{folder}")
-        _, seconds = timed(lambda: store.activate(store.publish(built)))
+        _, seconds = timed(lambda: store.activate(store.publish(built, owned=True)))
         shutil.rmtree(folder)
         return seconds, None
     with Redis(host=HOST, port=port) as admin:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cache.parallel import in_order
+from cache.shards import Shard
 from kernel.ids import Ids, Texts
 from model.datasets.columns import Source, as_objects, open_source, read_ids, read_unique_ids
 from model.datasets.events import read_field
@@ -32,6 +33,7 @@ class Catalogue:
     spec: FeatureSpec
     ids: pa.Array
     id_column: str  # where the ids are; the field that holds the id itself is read from there, too
+    held: NDArray[np.bool_] | None = None  # (rows of the file,) which are of the catalogue: those of a shard; None: all
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -41,11 +43,15 @@ class Catalogue:
         return as_objects(self.ids.slice(start, count))
 
     def first_row(self, groups: range | None = None) -> int:
-        """Number of the first row of these row groups."""
+        """Number, among the rows of the catalogue, of the first of these row groups."""
         if groups is None:
             return 0
         with pq.ParquetFile(self.path) as file:
-            return _rows_before(file, groups)
+            return self._held_before(_rows_before(file, groups))
+
+    def _held_before(self, row: int) -> int:
+        """How many of the catalogue's rows stand in the file before this one."""
+        return row if self.held is None else int(np.count_nonzero(self.held[:row]))
 
     def blocks(self, groups: range | None = None) -> Iterator[tuple[NDArray[Any], NDArray[np.int32]]]:
         """Ids (b,) and encoded features (b, item width), of all row groups or some that follow each other.
@@ -55,11 +61,13 @@ class Catalogue:
 
         def encoded(part: tuple[int, pa.Table]) -> tuple[NDArray[Any], NDArray[np.int32]]:
             start, batch = part
-            features = encode_rows(self.path, batch, self.spec, self.id_column, start)
+            features = encode_rows(self.path, batch, self.spec, self.id_column, start, self.held)
             return self.ids_from(start, len(batch)), features
 
         with pq.ParquetFile(self.path) as file:
-            batches = _resized(file, self._names(), range(file.num_row_groups) if groups is None else groups)
+            groups = range(file.num_row_groups) if groups is None else groups
+            rows = held_rows(file, groups, self._names(), self.held)
+            batches = _resized(rows, self._held_before(_rows_before(file, groups)))
             yield from in_order(encoded, batches, threads=1)  # beside whoever works on the block before
 
     def parts(self, least_rows: int) -> list[range]:
@@ -75,7 +83,8 @@ class Catalogue:
         return [*parts, range(first, len(sizes))] if rows else parts
 
     def sample(self, count: int, seed: int) -> NDArray[np.int32]:
-        """Encoded features (m, item width) of about `count` random items, from at most 16 row groups."""
+        """Encoded features (m, item width) of about `count` random items, from at most 16 row groups; of the whole file
+        also for a shard, so that what is chosen by them is the same for all shards."""
         rng = np.random.default_rng(seed)
         parts = []
         with pq.ParquetFile(self.path) as file:
@@ -97,18 +106,24 @@ class _Block(Source):
     """Some rows of a file, that count from its beginning in errors."""
 
     start: int = 0
+    held: NDArray[np.bool_] | None = None  # which rows of the file were counted up to `start`; None: all
 
     def wrong(self, name: str, row: int, problem: str) -> DataError:
-        return super().wrong(name, self.start + row, problem)
+        row += self.start
+        return super().wrong(name, row if self.held is None else int(np.flatnonzero(self.held)[row]), problem)
 
 
-def open_catalogue(path: Path, spec: FeatureSpec, id_column: str | None = None) -> Catalogue:
-    """Check columns and ids of an items file. Raises DataError naming file, column, row and remedy."""
+def open_catalogue(
+    path: Path, spec: FeatureSpec, id_column: str | None = None, shard: Shard | None = None
+) -> Catalogue:
+    """Check columns and ids of an items file, and take a shard's part of it. Raises DataError naming file, column, row
+    and remedy."""
     name = id_column or spec.item_id_name
-    ids = _distinct_ids(open_source(path, [name], wanted_by="--id-column" if id_column else "the bundle"), name)
+    source = open_source(path, [name], wanted_by="--id-column" if id_column else "the bundle")
+    ids, held = _distinct_ids(source, name, shard)
     check_ids(path, ids, name, spec)
     check_columns(path, pq.read_schema(path).names, name, spec)
-    return Catalogue(path, spec, ids, name)
+    return Catalogue(path, spec, ids, name, held)
 
 
 def check_ids(path: Path, ids: pa.Array, name: str, spec: FeatureSpec) -> None:
@@ -138,11 +153,18 @@ def check_columns(path: Path, known: list[str], id_column: str, spec: FeatureSpe
             )
 
 
-def encode_rows(path: Path, table: pa.Table, spec: FeatureSpec, id_column: str, start: int = 0) -> NDArray[np.int32]:
+def encode_rows(
+    path: Path,
+    table: pa.Table,
+    spec: FeatureSpec,
+    id_column: str,
+    start: int = 0,
+    held: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int32]:
     """Encoded features (n, item width) of rows of an items file. Raises DataError naming path, column and row, where
-    the first is counted as `start`."""
+    the first is counted as `start`, among the rows that are `held`."""
     named = pa.table({field.name: table[column_of(field.name, spec, id_column)] for field in spec.item_fields})
-    block = _Block(path, named, start)
+    block = _Block(path, named, start, held)
     columns: dict[str, Column] = {field.name: read_field(block, field) for field in spec.item_fields}
     try:
         return spec.encode("item", columns, table.num_rows)
@@ -150,14 +172,29 @@ def encode_rows(path: Path, table: pa.Table, spec: FeatureSpec, id_column: str, 
         raise DataError(f"{path}: column {error.field!r}: {error.detail}") from error
 
 
-def _distinct_ids(source: Source, name: str) -> pa.Array:
-    """Integers are sorted, a tenth of the time of counting them; what is wrong is named by who counts."""
+def read_rows(
+    path: Path, table: pa.Table, spec: FeatureSpec, id_column: str, start: int = 0
+) -> tuple[Ids, NDArray[np.int32]]:
+    """Ids (n,), of any length and maybe the same twice, and encoded features (n, item width). Raises DataError."""
+    ids = read_ids(_Block(path, table, start), id_column)
+    check_ids(path, ids, id_column, spec)
+    return as_ids(ids), encode_rows(path, table, spec, id_column, start)
+
+
+def _distinct_ids(source: Source, name: str, shard: Shard | None) -> tuple[pa.Array, NDArray[np.bool_] | None]:
+    """The ids of the catalogue, and which rows of the file have them. An id that comes twice does so in one shard.
+
+    Integers are sorted, a tenth of the time of counting them; what is wrong is named by who counts.
+    """
     ids = read_ids(source, name)
+    held = None if shard is None else shard.holds(as_ids(ids))
+    kept = ids if held is None else ids.filter(pa.array(held))
     if len(ids) and pa.types.is_integer(ids.type):
-        ranked = np.sort(as_objects(ids))
+        ranked = np.sort(as_objects(kept))
         if not (ranked[1:] == ranked[:-1]).any():
-            return ids
-    return read_unique_ids(source, name)
+            return kept, held
+    ids = read_unique_ids(source, name)
+    return (ids if held is None else kept), held
 
 
 def column_of(field: str, spec: FeatureSpec, id_column: str) -> str:
@@ -169,11 +206,25 @@ def _rows_before(file: pq.ParquetFile, groups: range) -> int:
     return sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
 
 
-def _resized(file: pq.ParquetFile, names: list[str], groups: range) -> Iterator[tuple[int, pa.Table]]:
+def held_rows(
+    file: pq.ParquetFile,
+    groups: range,
+    names: list[str] | None,
+    held: NDArray[np.bool_] | None,
+    batch_rows: int = BLOCK_ROWS,
+) -> Iterator[pa.RecordBatch]:
+    """The rows of these row groups that are `held`, or all, as they come from the file."""
+    row = _rows_before(file, groups)
+    for batch in file.iter_batches(batch_size=batch_rows, row_groups=list(groups), columns=names):
+        yield batch if held is None else batch.filter(pa.array(held[row : row + batch.num_rows]))
+        row += batch.num_rows
+
+
+def _resized(batches: Iterator[pa.RecordBatch], start: int) -> Iterator[tuple[int, pa.Table]]:
     """Tables of BLOCK_ROWS rows (the last one less) and where each begins, however the file is cut into row groups."""
     waiting: list[pa.RecordBatch] = []
-    rows, start = 0, _rows_before(file, groups)
-    for batch in file.iter_batches(batch_size=BLOCK_ROWS, row_groups=list(groups), columns=names):
+    rows = 0
+    for batch in batches:
         waiting.append(batch)
         rows += batch.num_rows
         if rows >= BLOCK_ROWS:

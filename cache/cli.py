@@ -41,6 +41,7 @@ from cache.release import (
 from cache.release import Progress as Report
 from cache.release import verify_release as verify_built
 from cache.rollout import Audited, Change, Live, shares_told, told
+from cache.shards import Shard, read_shard, shard_url
 from cache.snapshot import Snapshot
 from cache.store import ReleaseInfo, ReleaseStore, open_store
 from cache.watermarks import check_change, check_watermark, trim_changes, watermark_of
@@ -87,6 +88,10 @@ IdColumn = Annotated[str | None, typer.Option(help="Column of the item ids, if n
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads, or actors, that run the item tower; as many as processors.")
 ]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", help="As 0/4: only the items of one of 4 shards, in a store of its own below --store."),
+]
 RayAddress = Annotated[str | None, typer.Option(help="host:port of the Ray cluster that this node is part of.")]
 SparkMaster = Annotated[str | None, typer.Option(help="spark://host:port, local[2] or another master of Spark's.")]
 
@@ -107,6 +112,7 @@ class HeadChoice(StrEnum):
     ONNX = "onnx"
 
 
+Watermark = Annotated[int | None, typer.Option(help="Position of the log of updates that the items contain.")]
 EngineChoice = Annotated[EngineKind, typer.Option(help="Who runs the item tower (docs/operations.md).")]
 
 
@@ -122,9 +128,8 @@ def publish(
     incremental: Annotated[bool, typer.Option(help="Embed only what changed since the current release.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what would change, and change nothing.")] = False,
     id_column: IdColumn = None,
-    watermark: Annotated[
-        int | None, typer.Option(help="Position of the log of updates that the items contain.")
-    ] = None,
+    shard: ShardOption = None,
+    watermark: Watermark = None,
     workers: Workers = None,
     engine: EngineChoice = EngineKind.LOCAL,
     ray_address: RayAddress = None,
@@ -135,13 +140,14 @@ def publish(
     """Embed the catalogue with a bundle and publish both as one release."""
     from cache.embed import build_release
 
-    target, embedding = open_store(store), _engine(engine, workers, ray_address, spark_master)
-    before, kind = _current(target), index or IndexKind.NONE
-    _warn_of_lost_index(index, before)
+    part, target = _part(store, shard)
+    embedding = _engine(engine, workers, ray_address, spark_master)
+    kind = _wanted_index(index, before := _current(target))
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
-        contained = watermark_of(target, items, watermark)
-        wanted: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous, "id_column": id_column}
+        contained = _contained(target, items, watermark)
+        wanted: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous}
+        wanted |= {"id_column": id_column, "shard": part}
         if dry_run:
             _plan(target, bundle, items, _published_users(target, bundle, cache), before, report, workers, **wanted)
             return
@@ -161,7 +167,7 @@ def publish(
                     progress=report,
                     **wanted,
                 )
-            sent = _send(target, built, report)
+            sent = _send(target, built, report, owned=True)
             _catch_up(target, sent.release, cache, report)
             version = target.publish_users(table, for_users(report)) if table else None
             if activate:
@@ -201,12 +207,13 @@ def update(
     position: Annotated[bool, typer.Option("--position", help="Print the log's last position.")] = False,
     embed: Annotated[bool, typer.Option(help="Embed at once; no need where another process runs --follow.")] = True,
     id_column: IdColumn = None,
+    shard: ShardOption = None,
     workers: Workers = None,
     store: StoreUrl = DEFAULT_STORE,
     cache: CacheDir = Path("var/cache"),
 ) -> None:
     """Change or delete items between two full publishes, for every release of the store."""
-    target = open_store(store)
+    part, target = _part(store, shard)
     if sum((items is not None, delete is not None, delete_ids is not None, follow, dead, position)) != 1:
         raise DataError("give one of --items, --delete, --delete-ids, --follow, --dead and --position")
     if follow:
@@ -216,7 +223,7 @@ def update(
     elif position:
         console.print(target.log(CHANGES).last())
     else:
-        _append(target, _current_spec(target, cache), items, delete, delete_ids, id_column)
+        _append(target, _current_spec(target, cache), items, delete, delete_ids, id_column, part)
         if embed:
             _embed(target, cache, workers)
 
@@ -472,6 +479,14 @@ class Sent:
         _warn_if_shrunk(release.count, made.get("removed", 0), before)
 
 
+def _part(store: str, shard: str | None) -> tuple[Shard | None, ReleaseStore]:
+    """The shard of --shard, and its store."""
+    if shard is None:
+        return None, open_store(store)
+    part = read_shard(shard)
+    return part, open_store(shard_url(store, part))
+
+
 def _engine(kind: EngineKind, workers: int | None, ray_address: str | None, spark_master: str | None) -> Engine:
     from cache.embed import on_threads
 
@@ -496,13 +511,22 @@ def _current(store: ReleaseStore) -> ReleaseInfo | None:
     return next((info for info in store.list() if info.current), None)
 
 
-def _warn_of_lost_index(index: IndexKind | None, before: ReleaseInfo | None) -> None:
-    """Where nothing was said of an index, and the current release has one."""
-    if index is None and before is not None and before.index != IndexKind.NONE:
+def _wanted_index(given: IndexKind | None, before: ReleaseInfo | None) -> IndexKind:
+    """None where nothing is said, with a warning where the current release has one."""
+    if given is None and before is not None and before.index != IndexKind.NONE:
         warnings.print(
             f"warning: the current release {before.id} has the index {before.index}, this one will have none, and "
             f"without one /v1/retrieve answers nothing: give --index {before.index}, or --index none if that is meant"
         )
+    return given or IndexKind.NONE
+
+
+def _contained(store: ReleaseStore, items: Path, given: int | None) -> int:
+    """The watermark of a release of these items, said, so that a wrong one is seen."""
+    watermark = watermark_of(store, items, given)
+    if watermark:
+        console.print(f"{items} is taken to contain the updates up to position {watermark}", markup=False)
+    return watermark
 
 
 def _plan(
@@ -567,9 +591,9 @@ def _was_built(built: Path) -> bool:
     return built.is_dir()
 
 
-def _send(store: ReleaseStore, folder: Path, report: Report) -> Sent:
+def _send(store: ReleaseStore, folder: Path, report: Report, *, owned: bool = False) -> Sent:
     started = time.perf_counter()
-    store.publish(folder, report)
+    store.publish(folder, report, owned=owned)
     return Sent(release=read_release(folder), seconds=time.perf_counter() - started)
 
 
@@ -684,45 +708,62 @@ def _append(
     delete: Path | None,
     delete_ids: str | None,
     id_column: str | None,
+    shard: Shard | None,
 ) -> None:
     """Check the changes, append them and say so."""
     from cache.intake import append_deletes, append_items, parse_deleted, read_deleted
 
     if items is not None:
         with reporting() as report:
-            count, position = append_items(store, items, spec, id_column, report)
+            count, position = append_items(store, items, spec, id_column, report, shard)
     else:
         ids = read_deleted(delete, spec, id_column) if delete is not None else parse_deleted(delete_ids or "", spec)
-        count, position = append_deletes(store, ids)
+        count, position = append_deletes(store, ids if shard is None else ids[shard.holds(ids)])
     what = "items" if items is not None else "deletions"
+    position = position or store.log(CHANGES).last()  # where a shard has no part of it
     console.print(f"appended {count:,} {what} to the log of {store.url}, up to position {position}")
 
 
 def _embed(store: ReleaseStore, cache: Path, workers: int | None) -> None:
     """Bring the records of all live bundles up to date and say so."""
-    from cache.updater import Updater
+    from cache.updater import Updater, dead_told
 
     with Updater(store, cache / UPDATES, workers=workers, tell=_tell) as updater:
         updater.catch_up()
-    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in updater.lines.items())
-    count = len(updater.lines)
+    lines = {bundle_id: line for bundle_id, line in updater.lines.items() if bundle_id not in updater.problems}
+    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in lines.items())
+    count = len(lines)
     console.print(f"embedded for {count} bundle{'s' * (count != 1)}: {places}")
     if updater.dead:
-        console.print(f"{updater.dead:,} changes could not be embedded: see `ranktower update --dead`")
+        console.print(dead_told(updater.dead))
+    if updater.problems:
+        raise StoreError(f"not for every bundle: {'; '.join(updater.problems.values())}")
 
 
 def _catch_up(store: ReleaseStore, release: Release, cache: Path, report: Report) -> None:
-    """Embed the changes behind the watermark of a release, before it is activated."""
+    """Embed the changes behind the watermark of a release, before it is activated.
+
+    Raises StoreError unless all that were there at the beginning are embedded then.
+    """
     from cache.updater import Updater
 
     check_watermark(store, release.watermark, f"release {release.id}")
-    if store.log(CHANGES).last() > release.watermark:
+    end = store.log(CHANGES).last()
+    if end > release.watermark:
         with Updater(store, cache / UPDATES, only=release.bundle_id, tell=_tell) as updater:
             updater.look()
             done = 0
             while step := updater.step():
                 done += step
                 report("updates", done, done)
+        line = updater.lines.get(release.bundle_id)
+        at = max(release.watermark, line.at if line else 0)
+        if at < end or updater.problems:
+            reason = "; ".join(updater.problems.values()) or "its release is gone, or damaged"
+            raise StoreError(
+                f"release {release.id} is in the store and was not activated: the updates behind it are embedded up to "
+                f"position {at} of {end}: {reason}"
+            )
 
 
 def _follow(store: ReleaseStore, cache: Path, workers: int | None) -> None:

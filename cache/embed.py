@@ -40,11 +40,14 @@ from cache.release import (
     read_release,
     seal_release,
 )
+from cache.shards import Shard
 from cache.size import PRINT_BYTES
 from cache.snapshot import Snapshot, SnapshotWriter, file_bytes
 from kernel.plain import ItemLayout, item_layout
 from kernel.reference import mix
 from model.bundle import Bundle, open_bundle
+from model.errors import DataError
+from model.features import FeatureSpec
 from model.folders import replacing_folder
 from model.tower import EMBED_BATCH, Tower
 
@@ -178,6 +181,14 @@ def compare(catalogue: Catalogue, previous: Previous | None, groups: range | Non
         start += len(ids)
 
 
+def _open_part(items: Path, spec: FeatureSpec, id_column: str | None, shard: Shard | None) -> Catalogue:
+    """Raises DataError, also where a shard would be empty."""
+    catalogue = open_catalogue(items, spec, id_column, shard)
+    if not len(catalogue):
+        raise DataError(f"{items} holds no item of {shard}: publish fewer shards")
+    return catalogue
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What publishing would do."""
@@ -211,6 +222,7 @@ def plan_release(
     previous: Path | None = None,
     id_column: str | None = None,
     workers: int | None = None,
+    shard: Shard | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
     """What `build_release` would embed, reuse and drop, how large and how long; writes nothing.
@@ -219,7 +231,7 @@ def plan_release(
     """
     opened = open_bundle(bundle)
     kind = index_kind(index, opened.head)
-    catalogue = open_catalogue(items, opened.spec, id_column)
+    catalogue = _open_part(items, opened.spec, id_column, shard)
     precision, before = _choose(opened, catalogue, dtype, users, previous)
     counts = _nothing_yet(before)
     for block in compare(catalogue, before):
@@ -263,6 +275,7 @@ def build_release(
     users: Path | None = None,
     previous: Path | None = None,
     id_column: str | None = None,
+    shard: Shard | None = None,
     watermark: int = 0,
     engine: Engine | None = None,
     progress: Progress = no_progress,
@@ -271,13 +284,13 @@ def build_release(
 
     `dtype` is f32, f16, int8, or auto: what it costs is measured on `users` (a user table) and goes into the manifest.
     `previous` is a release folder whose records are used again where nothing changed; `engine` runs the tower, threads
-    of this process where absent, and the result does not depend on it. `watermark`: the position in the log of changes
-    up to which the items file contains them (cache/changes.py). Raises DataError for the items, BundleError for the
-    bundle, StoreError for the index, SnapshotError for a record that is not finite.
+    of this process where absent, and the result does not depend on it. `shard`: take its items only. `watermark`: the
+    position in the log of changes up to which the items file contains them (cache/changes.py). Raises DataError for the
+    items, BundleError for the bundle, StoreError for the index, SnapshotError for a record that is not finite.
     """
     opened = open_bundle(bundle)
     kind = index_kind(index, opened.head)  # before hours of embedding
-    catalogue = open_catalogue(items, opened.spec, id_column)
+    catalogue = _open_part(items, opened.spec, id_column, shard)
     precision, before = _choose(opened, catalogue, dtype, users, previous)
     layout = item_layout(opened.head, precision.dtype)
     with replacing_folder(out, RELEASE) as folder:

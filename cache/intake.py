@@ -12,38 +12,58 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from cache.catalogue import as_ids, check_ids, open_catalogue
+from cache.catalogue import as_ids, check_ids, held_rows, open_catalogue
 from cache.changes import CHANGES, ENTRY_BYTES, ENTRY_ROWS, Deleted, Upserted, append_all, encode_change
 from cache.release import Progress, no_progress
+from cache.shards import Shard
+from cache.snapshot import MAX_ID_BYTES, may_hold
 from cache.store import ReleaseStore
-from kernel.ids import Ids
+from kernel.ids import Ids, Texts
 from model.datasets.columns import open_source, read_unique_ids
 from model.errors import DataError
 from model.features import FeatureSpec
 
 ID_COLUMN = b"ranktower_id_column"  # in the metadata of a batch
+SHOWN = 40  # characters of an id that is too long
 
 
 def append_items(
-    store: ReleaseStore, items: Path, spec: FeatureSpec, id_column: str | None = None, progress: Progress = no_progress
+    store: ReleaseStore,
+    items: Path,
+    spec: FeatureSpec,
+    id_column: str | None = None,
+    progress: Progress = no_progress,
+    shard: Shard | None = None,
 ) -> tuple[int, int]:
-    """Append all rows of an items file as upserts; returns how many, and the position behind them.
+    """Append all rows of an items file, or those of a shard, as upserts; returns how many, and the position behind
+    them.
 
     Raises DataError naming file, column and row before anything is appended. What fails later may have appended a part:
     the same again does no harm.
     """
-    catalogue = open_catalogue(items, spec, id_column)
+    catalogue = open_catalogue(items, spec, id_column, shard)
+    _refuse_twins(items, pq.read_schema(items).names)
     done = 0
     for ids, _ in catalogue.blocks():
         done += len(ids)
         progress("check", done, len(catalogue))
-    payloads = (encode_change(Upserted(rows)) for rows in item_rows(items, catalogue.id_column))
+    payloads = (encode_change(Upserted(rows)) for rows in item_rows(items, catalogue.id_column, catalogue.held))
     return len(catalogue), append_all(store.log(CHANGES), payloads)
 
 
 def append_deletes(store: ReleaseStore, ids: Ids) -> tuple[int, int]:
-    """Append the deletion of items, known or not; returns how many, and the position behind them."""
+    """Append the deletion of items, known or not; returns how many, and the position behind them.
+
+    Raises DataError for an id that no item can have.
+    """
+    wrong = np.flatnonzero(~may_hold(ids))
+    if isinstance(ids, Texts) and len(wrong):
+        shown = ids[wrong[:1]].tolist()[0][:SHOWN]
+        raise DataError(
+            f"id {shown!r} has {ids.sizes[wrong[0]]:,} bytes of UTF-8: a text id has 1 to {MAX_ID_BYTES:,}, shorten it"
+        )
     parts = (ids[start : start + ENTRY_ROWS] for start in range(0, len(ids), ENTRY_ROWS))
     return len(ids), append_all(store.log(CHANGES), (encode_change(Deleted(part)) for part in parts))
 
@@ -79,12 +99,21 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def item_rows(items: Path, id_column: str) -> Iterator[bytes]:
-    """All rows of a Parquet file as Arrow IPC streams of one batch each, 1,000 rows and 64 MiB at most."""
+def item_rows(items: Path, id_column: str, held: NDArray[np.bool_] | None = None) -> Iterator[bytes]:
+    """All rows of a Parquet file, or those `held`, as Arrow IPC streams of one batch each, 1,000 rows and 64 MiB at
+    most."""
     with pq.ParquetFile(items) as file:
         schema = pa.schema(file.schema_arrow, metadata={ID_COLUMN: id_column.encode()})
-        for batch in file.iter_batches(batch_size=ENTRY_ROWS):
-            yield from _streams(items, batch.cast(schema), schema)
+        for batch in held_rows(file, range(file.num_row_groups), None, held, batch_rows=ENTRY_ROWS):
+            if batch.num_rows:
+                yield from _streams(items, batch.cast(schema), schema)
+
+
+def _refuse_twins(items: Path, names: list[str]) -> None:
+    """Of all columns: those that no bundle reads today, the next one may, and could not choose."""
+    twin = next((name for name in names if names.count(name) > 1), None)
+    if twin is not None:
+        raise DataError(f"{items} has {names.count(twin)} columns {twin!r}: keep or rename one")
 
 
 def _streams(items: Path, batch: pa.RecordBatch, schema: pa.Schema) -> Iterator[bytes]:

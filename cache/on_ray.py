@@ -129,13 +129,16 @@ class Embedder:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Be a driver of the cluster; the one that this process has joined already stays joined."""
-    if address and address != "auto":
+    """Be a driver of the cluster; the one that this process has joined already stays joined.
+
+    `local` is one of this machine alone, whatever else runs here; None as in `on_ray`.
+    """
+    if address and address not in ("auto", "local"):
         _check_reachable(address)
     if ray.is_initialized():
         yield
         return
-    alone = {} if address else {"include_dashboard": False}
+    alone = {"include_dashboard": False} if address in (None, "local") else {}
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **alone)

@@ -154,7 +154,8 @@ class RedisStore:
             for prefix in (self._address.prefix, f"{{{self._address.prefix}}}"):  # of the chunks, of the rest
                 self._client.set(f"{prefix}:check", b"", px=1000)
 
-    def publish(self, folder: Path, progress: Progress = no_progress) -> str:
+    def publish(self, folder: Path, progress: Progress = no_progress, *, owned: bool = False) -> str:
+        """`owned` changes nothing here: every chunk is sent."""
         release = read_release(folder)
         with self._errors():
             manifest = Manifest(self._releases, release.id, (folder / RELEASE).read_bytes())

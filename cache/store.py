@@ -113,9 +113,10 @@ class ReleaseStore(ReadableStore, Protocol):
     def check_writable(self) -> None:
         """Raise what `publish` would raise for a store that does not answer or must not be written, before the work."""
 
-    def publish(self, folder: Path, progress: Progress = no_progress) -> str:
+    def publish(self, folder: Path, progress: Progress = no_progress, *, owned: bool = False) -> str:
         """Store a release folder under its own name, read it back and verify; returns the name. Never flips `current`.
 
+        owned: nobody changes these files any more, so a store on the same disk may link to them in place of a copy.
         Publishing what is there already changes nothing; what a killed publisher left is completed.
         """
 

@@ -56,6 +56,17 @@ class Limits:
     timeout_s: float = 10.0  # from the intended time; a request over it failed
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request and what became of it. Times are those of `time.monotonic`."""
+
+    number: int  # of the body that was sent
+    intended_at_s: float
+    latency_ms: float  # since then
+    lag_ms: float  # of it, before the request left
+    answer: Answer | None  # None where none came
+
+
 @dataclass(slots=True)
 class _Tally:
     """What came back so far."""
@@ -66,6 +77,7 @@ class _Tally:
     stages_ms: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     failures: Counter[str] = field(default_factory=Counter)
     last_answer_s: float = 0.0  # from the start
+    sending_s: float = 0.0  # for how long requests were sent
 
 
 class _Pool:
@@ -79,7 +91,7 @@ class _Pool:
     async def ask(self, request: bytes, on_sent: Callable[[], None]) -> Answer:
         """Send on an idle connection; `on_sent` is called when one is there and the bytes leave."""
         async with self._free:
-            connection = self._idle.pop() if self._idle else await Connection.open(self._host, self._port)
+            connection = self._kept() or await Connection.open(self._host, self._port)
             on_sent()
             try:
                 answer = await connection.ask(request)
@@ -92,6 +104,14 @@ class _Pool:
                 connection.close()
             return answer
 
+    def _kept(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.ended:
+                return connection
+            connection.close()
+        return None
+
     def close(self) -> None:
         for connection in self._idle:
             connection.close()
@@ -101,36 +121,52 @@ class OpenLoop:
     """One run against one service."""
 
     def __init__(
-        self, url: str, bodies: Sequence[bytes], schedule: Schedule, limits: Limits, media_type: str = JSON
+        self,
+        url: str,
+        bodies: Sequence[bytes],
+        schedule: Schedule,
+        limits: Limits,
+        media_type: str = JSON,
+        hear: Callable[[Exchange], None] = lambda _: None,
     ) -> None:
         host, port = _address(url)
         self._url = url
         self._requests = [request_bytes(host, port, "/v1/rank", body, media_type) for body in bodies]
         self._schedule = schedule
         self._limits = limits
+        self._hear = hear
         self._pool = _Pool(host, port, limits.connections)
         self._tally = _Tally()
 
-    async def run(self, release: str, on_time: Callable[[float], None]) -> Report:
-        """Send everything, wait for every answer or its timeout. `on_time` hears the seconds as they pass."""
+    async def run(
+        self, release: str, on_time: Callable[[float], None], enough: Callable[[], bool] = lambda: False
+    ) -> Report:
+        """Send everything, wait for every answer or its timeout. `on_time` hears the seconds as they pass; nothing
+        more is sent once `enough` says so."""
         loop = asyncio.get_running_loop()
         started_at = loop.time()
         try:
             async with asyncio.TaskGroup() as group:
-                for offset_s, request in zip(
-                    self._schedule.offsets_s().tolist(), itertools.cycle(self._requests), strict=False
+                for offset_s, number in zip(
+                    self._schedule.offsets_s().tolist(), itertools.cycle(range(len(self._requests))), strict=False
                 ):
                     await asyncio.sleep(started_at + offset_s - loop.time())
-                    group.create_task(self._one(request, started_at, offset_s))
+                    if enough():
+                        self._tally.sending_s = offset_s
+                        break
+                    group.create_task(self._one(number, started_at, offset_s))
                     on_time(offset_s)
+                else:
+                    self._tally.sending_s = self._schedule.seconds
         finally:
             self._pool.close()
         return self._report(release)
 
-    async def _one(self, request: bytes, started_at: float, offset_s: float) -> None:
+    async def _one(self, number: int, started_at: float, offset_s: float) -> None:
         loop = asyncio.get_running_loop()
         intended_at = started_at + offset_s
         sent_at = intended_at
+        answer: Answer | None = None
 
         def sent() -> None:
             nonlocal sent_at
@@ -138,7 +174,7 @@ class OpenLoop:
 
         try:
             async with asyncio.timeout_at(intended_at + self._limits.timeout_s):
-                answer = await self._pool.ask(request, sent)
+                answer = await self._pool.ask(self._requests[number], sent)
         except TimeoutError:
             self._tally.failures[f"no answer within {self._limits.timeout_s:g} s"] += 1
         except (OSError, AnswerError) as error:
@@ -146,10 +182,12 @@ class OpenLoop:
         else:
             self._count(answer)
         now = loop.time()
-        self._tally.latencies_ms.append((now - intended_at) * 1e3)
+        latency_ms, lag_ms = (now - intended_at) * 1e3, (sent_at - intended_at) * 1e3
+        self._tally.latencies_ms.append(latency_ms)
         self._tally.service_ms.append((now - sent_at) * 1e3)
-        self._tally.lags_ms.append((sent_at - intended_at) * 1e3)
+        self._tally.lags_ms.append(lag_ms)
         self._tally.last_answer_s = max(self._tally.last_answer_s, now - started_at)
+        self._hear(Exchange(number, intended_at, latency_ms, lag_ms, answer))
 
     def _count(self, answer: Answer) -> None:
         if answer.status != 200:
@@ -166,8 +204,8 @@ class OpenLoop:
             loop="open",
             url=self._url,
             release=release,
-            seconds=max(self._schedule.seconds, tally.last_answer_s),
-            target_rate=len(tally.latencies_ms) / self._schedule.seconds,
+            seconds=max(tally.sending_s, tally.last_answer_s),
+            target_rate=len(tally.latencies_ms) / max(tally.sending_s, 1e-9),
             rows=(
                 row_of_times("rank", "route", np.array(tally.latencies_ms), failed),
                 *stage_rows(tally.stages_ms),
@@ -197,12 +235,15 @@ def run_open_loop(
     limits: Limits | None = None,
     media_type: str = JSON,
     on_time: Callable[[float], None] = lambda _: None,
+    hear: Callable[[Exchange], None] = lambda _: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """Run in an event loop of its own. Its selector is select(), whose timeouts are exact to microseconds: epoll
-    rounds each up to a millisecond, which would be added to every latency."""
-    run = OpenLoop(url, bodies, schedule, limits or Limits(), media_type)
+    """Run in an event loop of its own; `hear` is told of every request as it ends. The loop's selector is select(),
+    whose timeouts are exact to microseconds: epoll rounds each up to a millisecond, which would be added to every
+    latency."""
+    run = OpenLoop(url, bodies, schedule, limits or Limits(), media_type, hear)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
-        return runner.run(run.run(release, on_time))
+        return runner.run(run.run(release, on_time, enough))
 
 
 def _address(url: str) -> tuple[str, int]:

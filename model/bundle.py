@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ FORMAT = 1
 FILES = ("spec.json", "user.onnx", "item.onnx", "probe.safetensors", "warmup.json")
 HEAD_FILE = "head.onnx"
 PROBE_TOLERANCE = 1e-4  # other instruction sets round differently
+
+_in_use: WeakValueDictionary[str, FeatureSpec] = WeakValueDictionary()  # by the hash of spec.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +176,15 @@ def open_bundle(folder: Path) -> Bundle:
     body = {key: value for key, value in manifest.items() if key != "id"}
     if _content_id(body) != manifest["id"]:
         raise BundleError(f"bundle {folder}: manifest.json has changed since export: copy or export the bundle again")
-    return Bundle(folder, manifest, FeatureSpec.load(folder / "spec.json"))
+    return Bundle(folder, manifest, _spec(folder / "spec.json", manifest["files"]["spec.json"]))
+
+
+def _spec(path: Path, digest: str) -> FeatureSpec:
+    """The specification in a file of that hash, or the equal one of a bundle in use, with its vocabularies."""
+    spec = _in_use.get(digest)
+    if spec is None:
+        spec = _in_use[digest] = FeatureSpec.load(path)
+    return spec
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class _Group(nn.Module):
 
     columns: Tensor | None  # (w,) of x, where it is not all of them
     offsets: Tensor  # (w,) int32: where the table of each column begins in `weight`
-    member: Tensor  # (F, w): what a column weighs in a field, 0 where it is another field's
+    member: Tensor | None  # (F, w): what a column weighs in a field, 0 where it is another's; none where each has one
 
     def __init__(self, inputs: Inputs, tables: Tables, fields: list[int], *, whole: bool) -> None:
         super().__init__()
@@ -98,14 +98,20 @@ class _Group(nn.Module):
         aged = [None if pool is None or pool.age is None else _by_age(pool.age) for _, pool in keys]
         member = [torch.ones(len(span)) if age is None else age for span, age in zip(spans, aged, strict=True)]
         offsets = [torch.full((len(span),), begins[key]) for key, span in zip(keys, spans, strict=True)]
-        self.weight = nn.Parameter(torch.cat(list(parts.values())))  # (rows, size + 1)
+        single = all(len(span) == 1 for span in spans)
+        weight = torch.cat([_weight(tables, place) for place, _ in parts] if single else list(parts.values()))
+        self.weight = nn.Parameter(weight)  # (rows, size), or with w (rows, size + 1)
         self.register_buffer("columns", None if whole else torch.cat(spans))
         self.register_buffer("offsets", torch.cat(offsets).int())
-        self.register_buffer("member", torch.block_diag(*member))  # type: ignore[no-untyped-call]
+        pooled = None if single else torch.block_diag(*member)  # type: ignore[no-untyped-call]
+        self.register_buffer("member", pooled)
 
     def forward(self, x: Tensor) -> Tensor:  # (b, width) -> (b, F size)
         x = x if self.columns is None else x[:, self.columns]
-        total = self.member @ functional.embedding(x + self.offsets, self.weight)  # (b, F, size + 1)
+        found = functional.embedding(x + self.offsets, self.weight)
+        if self.member is None:
+            return found.flatten(1)
+        total = self.member @ found  # (b, F, size + 1)
         return (total[..., :-1] / total[..., -1:]).flatten(1)
 
 

@@ -27,6 +27,10 @@ class Permit:
                 remedy="allow more time, send fewer candidates, or add replicas",
             )
 
+    def left_ms(self, deadline_ms: int) -> float:
+        """Milliseconds until the deadline; negative where it has passed."""
+        return deadline_ms - (perf_counter_ns() - self.arrived_ns) / 1e6
+
     def ends_ns(self, deadline_ms: int | None) -> int:
         """When the deadline passes, by time.monotonic_ns, which the kernel reads while it scores; 0 without one."""
         if deadline_ms is None:

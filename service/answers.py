@@ -60,7 +60,7 @@ def answer_rank(permit: Permit, serving: Serving, body: bytes, limits: Limits, c
 
 def rank(permit: Permit, serving: Serving, request: Rank, limits: Limits, clock: StageClock) -> Ranking:
     """The ranking that a decoded request asks for, whatever form it came in."""
-    _check_candidates(request, limits, "")
+    check_candidates(request, limits, "")
     clock.lap("decode")
     permit.check_deadline(request.deadline_ms)
     return serving.of(request.user_id).rank(request, clock, permit.ends_ns(request.deadline_ms))
@@ -76,7 +76,7 @@ def answer_batch(permit: Permit, serving: Serving, body: bytes, limits: Limits, 
             remedy="send several batches, or raise RANKTOWER_MAX_BATCH",
         )
     for number, request in enumerate(requests):
-        _check_candidates(request, limits, f"requests[{number}].")
+        check_candidates(request, limits, f"requests[{number}].")
     clock.lap("decode")
     deadline_ms = min((r.deadline_ms for r in requests if r.deadline_ms is not None), default=None)
     permit.check_deadline(deadline_ms)
@@ -113,7 +113,8 @@ def answer_retrieve(permit: Permit, serving: Serving, body: bytes, limits: Limit
     return answer
 
 
-def _check_candidates(request: Rank, limits: Limits, place: str) -> None:
+def check_candidates(request: Rank, limits: Limits, place: str) -> None:
+    """Raise RequestError where there are too many."""
     if len(request.candidates) > limits.max_candidates:
         raise RequestError(
             f"{place}candidates has {len(request.candidates)} entries, this service takes {limits.max_candidates}",
@@ -142,9 +143,9 @@ class _Item(Struct, gc=False):
 _encode_items = msgspec.json.Encoder().encode
 
 
-def encode_ranking(ranking: Ranking) -> bytes:
-    """The body of `schema.RankAnswer`."""
-    return orjson.dumps(_document(ranking), option=orjson.OPT_SERIALIZE_NUMPY)
+def encode_ranking(ranking: Ranking, more: dict[str, Any] | None = None) -> bytes:
+    """The body of `schema.RankAnswer`, and what else it says."""
+    return orjson.dumps(_document(ranking) | (more or {}), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def encode_batch(release: str, rankings: Sequence[Ranking]) -> bytes:

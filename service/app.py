@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
+from cache.aside import fetch_aside
 from cache.mirror import MirrorStore
 from cache.store import ReadableStore, open_store
 from kernel import engine
@@ -59,7 +60,10 @@ log = logging.getLogger(__name__)
 class Service:
     """What the routes of one process share."""
 
-    def __init__(self, settings: Settings, store: ReadableStore) -> None:
+    def __init__(self, settings: Settings, store: ReadableStore | None) -> None:
+        """store: what the settings name, where none is given."""
+        aside = partial(fetch_aside, settings.store, settings.huge_pages) if store is None else None
+        store = store or open_store(settings.store)
         self.settings = settings
         self.telemetry = Telemetry()
         self.limits = Limits(max_candidates=settings.max_candidates, max_batch=settings.max_batch)
@@ -72,6 +76,7 @@ class Service:
             user_cache=self._user_cache(),
             refresh_s=settings.refresh_s,
             huge_pages=settings.huge_pages,
+            aside=aside,
             on_swap=self._announce,
             on_rollout=self._announce_rollout,
             on_failure=self.telemetry.refresh_failures.inc,
@@ -118,7 +123,7 @@ class Service:
         if not is_loaded(content_type, accept):
             await asyncio.get_running_loop().run_in_executor(None, import_module, ARROW_ROOM)
         answerer = spoken(accept, answerer, form)
-        body = await _read(request, self.settings.max_body_bytes)
+        body = await read_body(request, self.settings.max_body_bytes)
         clock = StageClock()
         async with self.admission.admit(arrived_ns) as permit:
             serving = self.refresher.serving()
@@ -302,7 +307,7 @@ def _most_candidates(body: bytes, form: str, enough: float) -> int:
     return most if most <= enough else int(np.count_nonzero(np.frombuffer(body, np.uint8) == COMMA))
 
 
-async def _read(request: Request, limit_bytes: int, remedy: str = FEWER) -> bytes:
+async def read_body(request: Request, limit_bytes: int, remedy: str = FEWER) -> bytes:
     """The whole body. Raises BodyTooLarge as soon as it is known to be, before reading it where it says so itself."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > limit_bytes:
@@ -356,7 +361,7 @@ def create_app(settings: Settings, store: ReadableStore | None = None) -> FastAP
     asks, belongs in front of the service, not in a middleware here.
     """
     log.info("kernel level %s", settings.choose_kernel())
-    service = Service(settings, store or open_store(settings.store))
+    service = Service(settings, store)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -464,7 +469,7 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     async def admin_change(request: Request, verb: str) -> Response:
         """Change what is live: activate, promote, rollback, canary, shadow or abort."""
         service.admin.check(request.headers.get("authorization", ""))
-        body = await _read(request, BODY_BYTES, "send one change, with no more than the fields of /openapi.json")
+        body = await read_body(request, BODY_BYTES, "send one change, with no more than the fields of /openapi.json")
         caller = caller_of(request.headers, request.client.host if request.client else "unknown")
         answer = await _of_store(partial(service.admin.change, verb, body, caller))
         return Response(orjson.dumps(answer), media_type=JSON)

@@ -72,6 +72,35 @@ def serve(
 
 
 @app.command()
+def gather(
+    store: Annotated[str | None, typer.Option(help="URL that the shards were published with.")] = None,
+    shards: Annotated[int | None, typer.Option(help="How many there are.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Replicas of each shard.")] = None,
+    replica_cpus: Annotated[float | None, typer.Option(help="Processors that Ray keeps for each replica.")] = None,
+    deadline_ms: Annotated[int | None, typer.Option(help="Of requests without one.")] = None,
+    partial: Annotated[bool | None, typer.Option(help="Answer without shards that are late or dead.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="host:port of a Ray cluster; local: one of its own.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, on every node with a replica.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Folder, on each node, for what a remote store sends.")] = None,
+    retrieval: Annotated[bool | None, typer.Option(help="Load the indexes and answer /v1/retrieve.")] = None,
+    max_candidates: Annotated[int | None, typer.Option(help="Most candidates of one ranking.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Answer from a catalogue in shards (`publish --shard`) on Ray Serve. Every flag is also RANKTOWER_<NAME>."""
+    given = dict(locals())
+    from cache.errors import StoreError
+    from service.settings import load_gather_settings
+
+    settings = load_gather_settings(**given)
+    try:
+        from service.ray_serve import run
+    except ImportError as error:
+        raise StoreError(f"gather needs Ray Serve ({error}): pip install 'ranktower[ray]'") from error
+    run(settings)
+
+
+@app.command()
 def rank(
     store: Annotated[str, typer.Option(help="URL of the release store.")] = DEFAULT_STORE,
     cache_dir: Annotated[Path, typer.Option(help="Folder for what a remote store sends.")] = Path("var/cache"),

@@ -12,7 +12,7 @@ ServiceError                  carries `field` and `remedy` beside its message
     ChangeRefused             what is live cannot be changed as an admin call asks
     StoreFailed               the store did not do what an admin call asked
     Busy                      the queue is full
-    NotReady                  no release is loaded yet, or the service is going away
+    NotReady                  no release is loaded yet, or too few shards answer, or the service is going away
     ReleaseError              a release that does not fit together: the old one serves on
     SettingsError             a setting cannot be used
 """

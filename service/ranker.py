@@ -238,7 +238,7 @@ class Ranker:
         deadline cut off. k is clamped in the kernel alone."""
         missing = ranked.missing
         if len(missing) and request.on_missing == "error":
-            raise self._unknown_items(ids, missing, place)
+            raise unknown_items(ids, missing, place, f"release {self.release}")
         positions, scores = ranked.positions, ranked.scores
         explanation = self._explain(record, self.table.lookup(ids[positions])) if request.explain else None
         if len(positions) < request.k and (len(missing) or ranked.seen < len(ids)):
@@ -461,16 +461,6 @@ class Ranker:
 
     # --- refusals
 
-    def _unknown_items(self, ids: Ids, missing: NDArray[np.int32], place: str) -> RequestError:
-        field = f"{place}candidates[{missing[0]}]"
-        named = short(repr(ids[missing[:1]].tolist()[0]))
-        which = "the only one" if len(missing) == 1 else f"the first of {len(missing)} such"
-        return RequestError(
-            f"{field} is {named}, unknown to release {self.release} ({which} among {len(ids)} candidates)",
-            field=field,
-            remedy="publish these items, leave them out, or send on_missing last or drop",
-        )
-
     def _unknown_field(self, side: str, name: str, place: str) -> RequestError:
         other = "context" if side == "user" else "user"
         if name == HISTORY:
@@ -499,6 +489,18 @@ class Ranker:
                 f"release {self.release} has no index", remedy="publish it with --index flat or ivf-sq8"
             )
         return RetrievalOff(f"the index of release {self.release} is not loaded", remedy="serve with --retrieval")
+
+
+def unknown_items(ids: Ids, missing: NDArray[np.int32], place: str, owner: str) -> RequestError:
+    """Where on_missing is error; owner: the release, as it is called."""
+    field = f"{place}candidates[{missing[0]}]"
+    named = short(repr(ids[missing[:1]].tolist()[0]))
+    which = "the only one" if len(missing) == 1 else f"the first of {len(missing)} such"
+    return RequestError(
+        f"{field} is {named}, unknown to {owner} ({which} among {len(ids)} candidates)",
+        field=field,
+        remedy="publish these items, leave them out, or send on_missing last or drop",
+    )
 
 
 def _open_index(path: Path) -> RetrievalIndex:

@@ -84,6 +84,7 @@ class Refresher:
         user_cache: UserCache | None = None,
         refresh_s: float = 1.0,
         huge_pages: bool = False,
+        aside: Callable[[str, Path], Path] | None = None,  # fetches beside a release that answers; else the store does
         on_swap: Callable[[Ranker], None] = lambda ranker: None,
         on_rollout: Callable[[Standing], None] = lambda standing: None,
         on_failure: Callable[[], None] = lambda: None,
@@ -91,7 +92,7 @@ class Refresher:
         contact: Callable[[], float] = monotonic,  # when the store answered last, asked after it has
     ) -> None:
         self._store, self._cache_dir, self._retrieval, self._refresh_s = store, cache_dir, retrieval, refresh_s
-        self._huge_pages = huge_pages
+        self._huge_pages, self._aside = huge_pages, aside
         self._user_cache = user_cache
         self._on_swap, self._on_failure, self._on_wait, self._contact = on_swap, on_failure, on_wait, contact
         self._on_rollout = on_rollout
@@ -287,7 +288,8 @@ class Refresher:
 
         As `_begin_under_changes`.
         """
-        folder = self._store.fetch(release_id, self._cache_dir)
+        fetch = self._store.fetch if self._aside is None or self.standing.serving is None else self._aside
+        folder = fetch(release_id, self._cache_dir)
         ranker = Ranker.open(folder, retrieval=self._retrieval, user_cache=self._user_cache)
         ranker.check()
         ranker, newer, whole = self._begin_under_changes(ranker)

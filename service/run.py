@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import logging.config
 import socket
+import sys
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.supervisor import Worker, serve_workers
 BACKLOG = 2048  # connections that the kernel keeps for us
 STOP_WITHIN_S = 10  # for requests that are still at work when the server stops
 IDLE_S = 75  # a connection without requests: longer than balancers keep theirs (60 s), so that they close first
+SWITCH_S = 0.0001  # a thread that opens a release gives the interpreter back so soon: usually fifty times later
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ def run(settings: Settings) -> None:
     logging.config.dictConfig(log_config(settings.log_level))
     for name, remedy in unknown_variables():
         log.warning("%s is in the environment, but no setting: %s", name, remedy)
+    sys.setswitchinterval(SWITCH_S)
     with listen(settings.host, settings.port) as listener:
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         if settings.workers == 1:

@@ -124,6 +124,24 @@ class RankAnswer(_Record):
     counts: Counts
 
 
+class ShardState(_Record):
+    """What became of the question to a shard."""
+
+    shard: int
+    release: str | None = Field(description="null where it has no part in the answer.")
+    watermark: int | None
+    candidates: int = Field(description="Candidates that it holds, known or not; when retrieved, those it found.")
+    scored: int
+    failure: str | None = Field(description="Why it has no part.")
+
+
+class GatheredAnswer(RankAnswer):
+    """As `ranktower gather` answers: `release` is the bundle that all scores are of, `watermark` the lowest."""
+
+    partial: bool = Field(description="Whether a shard has no part, or has not scored all that it holds in time.")
+    shards: list[ShardState] = Field(description="Those that were asked: none without candidates.")
+
+
 class BatchAnswer(_Record):
     """The answers in the order of the requests."""
 

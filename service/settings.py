@@ -84,6 +84,20 @@ class Settings(KernelSettings):
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
 
 
+class GatherSettings(Settings):
+    """What `ranktower gather` takes beside that: of a catalogue in shards on Ray Serve."""
+
+    shards: int = Field(default=4, ge=1, le=1024, description="How many shards the catalogue was published in.")
+    replicas: int = Field(default=1, ge=1, le=1024, description="Replicas of each shard.")
+    replica_cpus: float = Field(default=0.0, ge=0, description="Processors that Ray keeps for a replica of a shard.")
+    deadline_ms: int = Field(default=1000, ge=1, le=3_600_000, description="deadline_ms of requests without one.")
+    partial: bool = Field(default=True, description="Answer from the shards that answer; else such a request gets 503.")
+    ray_address: str = Field(
+        default="local",
+        description="host:port of the Ray cluster that this node is part of; local starts one of this machine alone.",
+    )
+
+
 def unknown_variables() -> list[tuple[str, str]]:
     """Each `RANKTOWER_*` of the environment that is no setting, with what to do about it."""
     known = [name.upper() for name in Settings.model_fields]
@@ -99,6 +113,11 @@ def unknown_variables() -> list[tuple[str, str]]:
 def load_settings(**given: Any) -> Settings:
     """Flags (None where not given) over the environment. Raises SettingsError naming the first wrong one."""
     return _load(Settings, given)
+
+
+def load_gather_settings(**given: Any) -> GatherSettings:
+    """The same for `ranktower gather`."""
+    return _load(GatherSettings, given)
 
 
 def load_kernel_settings() -> KernelSettings:

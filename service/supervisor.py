@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from cache.aside import NICE
 from cache.durable import holding
 from cache.mirror import Mirror, MirrorStore
 from cache.store import open_store
@@ -30,7 +31,6 @@ from service.settings import Settings, load_settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-NICE = 10  # the refresher fetches and hashes gigabytes beside workers that answer within a millisecond
 RESTART_PAUSE_S = 1.0  # between two starts of a refresher
 MIRROR, METRICS = "mirror", "metrics"  # folders of a run
 

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 import pytest
 
-from benchmarks import changes, lineup, memory, plots
+from benchmarks import changes, large, lineup, memory, plots, swaps
 from benchmarks.checks import Item, Referee, Stored, drawn
 from benchmarks.client import AnswerError, Line, closed_loop, request_bytes
 from benchmarks.contestants import Course, Ranking
@@ -33,6 +33,8 @@ from kernel.reference import score
 from model.features import HISTORY
 from model.networks import NETWORKS
 from model.train import PARTS
+from service.answers import encode_ranking
+from service.ranker import Ranker
 from tests.redis_server import redis_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +159,63 @@ def test_updates_are_timed_until_they_are_in_the_answers(folder: Path, made: Mad
     assert (row["rate"], row["lost"]) == (500, 0)
     assert 0 < row["visible_p50_ms"] <= row["visible_p99_ms"]
     assert 0 < row["rank_p50_ms"] <= row["rank_p99_ms"]
+
+
+def test_swaps_are_timed_under_load_and_every_answer_is_checked(folder: Path, made: Made) -> None:
+    run("swaps", folder)
+    found = read(folder / "swaps-tiny.json")
+    windows = [row["window"] for row in found["rows"] if row["kind"] == "window"]
+    assert windows == ["new", "steady", "new", "steady", "new", "steady", "back", "steady"]
+    pooled = {row["window"]: row for row in found["rows"] if row["kind"] == "pooled"}
+    assert set(pooled) == {"steady", "new", "back"}
+    assert all(0 < row["p50_us"] <= row["p99_us"] <= row["max_us"] for row in pooled.values())
+    assert [(bar["value"], bar["verdict"]) for bar in found["bars"][:2]] == [(0, "met"), (0, "met")]
+
+
+def test_a_swap_is_to_a_release_that_the_replica_has_let_go_or_back() -> None:
+    course = replace(swaps.COURSES["full"], swaps=6, back_every=3)
+    order = swaps.turns(["a", "b", "c"], course)
+    assert [kind for kind, _ in order] == ["new"] * 3 + ["back"] + ["new"] * 3 + ["back"]
+    assert [release for _, release in order] == ["b", "c", "a", "c", "b", "a", "c", "a"]
+
+
+def test_an_answer_with_the_scores_of_another_release_is_wrong(folder: Path, made: Made) -> None:
+    other = make(Plan(items=SIZES["tiny"], seed=1), folder / "made")
+    releases = {each.release.name: each for each in (made, other)}
+    sent = bodies(made, 1, 50, seed=0)
+    ranker = Ranker.open(made.release)
+    right = encode_ranking(ranker.rank(ranker.decoders.rank(sent[0])))
+    mixed = right.replace(made.release.name.encode(), other.release.name.encode())
+    unknown = right.replace(made.release.name.encode(), b"none")
+    checked, wrong = swaps.check(releases, sent, {(0, right): 5, (0, mixed): 2, (0, unknown): 1})
+    assert (checked, sum(wrong.values())) == (8, 3)
+    assert swaps.check(releases, sent, {(0, right): 5}) == (5, {})
+
+
+def test_windows_hold_what_was_meant_to_leave_within_them() -> None:
+    exchanges = [(0.9, 1.0, 0.0), (1.0, 8.0, 0.1), (1.9, 2.0, 0.1), (2.0, 4.0, 0.3), (3.0, 9.0, 0.0)]
+    windows = [swaps.Window("new", 1.0, 2.0, 0.5), swaps.Window("steady", 2.0, 3.0)]
+    rows = {row["window"]: row for row in swaps.pooled_rows(windows, exchanges)}
+    assert (rows["new"]["requests"], rows["new"]["p99_us"], rows["steady"]["p99_us"]) == (2, 8_000, 4_000)
+    assert [row["requests"] for row in swaps.window_rows(windows, exchanges)] == [2, 1]
+    bars = {bar.name: bar for bar in swaps.bars([*rows.values()], 0, 1)}
+    assert bars["p99, swaps with a download / steady"].value == 2
+    assert [bar.verdict for bar in bars.values()] == ["met", "MISSED", "MISSED", "not measured"]
+
+
+def test_a_large_catalogue_is_published_and_served_beside_a_small_one(folder: Path) -> None:
+    run("large", folder)
+    found = read(folder / "large-tiny.json")
+    for kind in ("publish", "memory", "closed"):
+        assert [row["items"] for row in found["rows"] if row["kind"] == kind] == [2_000, 4_000]
+    for row in found["rows"]:
+        if row["kind"] == "publish":
+            assert 0 < row["peak_anonymous_mib"] <= row["peak_rss_mib"]
+        if row["kind"] == "memory":
+            assert row["table_mib"] == row["table_rss_mib"]
+    assert [bar["value"] is None for bar in found["bars"]] == [False] * 3
+    assert not [*folder.glob("large-*/")]
+    assert large.bars(found["rows"], 4_000)[0].value == found["bars"][0]["value"]
 
 
 def test_an_update_is_visible_with_the_first_answer_that_names_it_or_a_later_one() -> None:

@@ -167,6 +167,13 @@ def test_a_moment_has_the_position_of_what_was_there_by_then(url: str) -> None:
         assert behind == [entry.payload for entry in entries if entry.at_ms > moment]
 
 
+def test_the_clock_of_a_log_is_that_of_its_entries(url: str) -> None:
+    log = open_store(url).log("changes")
+    before = log.now_ms()
+    log.append([b"x"])
+    assert before <= log.read(0, 1)[0].at_ms <= log.now_ms()
+
+
 @pytest.mark.parametrize("payloads", [[], [b"x" * ((64 << 20) + 1)]], ids=["none", "too large"])
 def test_an_append_that_cannot_be_is_refused(url: str, payloads: list[bytes]) -> None:
     with pytest.raises(StoreError, match="send fewer rows"):
@@ -373,6 +380,7 @@ def test_users_of_redis_may_do_what_their_part_takes() -> None:
         log.raise_floor(position - 1)
         log.trim(position - 1)
         assert log.last() == position
+        assert log.now_ms() >= log.read(0, 9)[0].at_ms
         reader = RedisStore(f"redis://reader:password@{place}").log("changes")
         assert [entry.payload for entry in reader.read(0, 9)] == [b"second"]
         assert reader.floor() == position - 1
@@ -412,7 +420,19 @@ def test_entries_come_back_as_they_were(ids: Ids) -> None:
             np.testing.assert_array_equal(found.records, each)
     assert decode_change(Entry(1, 0, encode_change(Upserted(b"rows")))) == Upserted(b"rows")
     letters = [DeadLetter(bundle_id="b", position=9, id=item, reason="r") for item in (1, "x", None)]
-    assert decode_dead(Entry(1, 0, encode_dead(letters))) == letters
+    (payload,) = encode_dead(letters)
+    assert decode_dead(Entry(1, 0, payload)) == letters
+    many = [DeadLetter(bundle_id="b", position=9, id=item, reason=f"r{item // 3}") for item in range(2_500)]
+    payloads = encode_dead(many)
+    assert len(payloads) == 3
+    assert [letter for payload in payloads for letter in decode_dead(Entry(1, 0, payload))] == many
+    assert encode_dead([]) == []
+
+
+def test_a_reason_that_many_share_is_written_once() -> None:
+    letters = [DeadLetter(bundle_id="b", position=9, id=item, reason="r" * 500) for item in range(1_000)]
+    (payload,) = encode_dead(letters)
+    assert len(payload) < 6_000
 
 
 @pytest.mark.parametrize("decode", [decode_change, decode_embedded, decode_dead])
@@ -482,6 +502,9 @@ def test_however_entries_come_they_sum_to_the_latest_of_each_item(kinds: str, se
     known = [entry for entry in log if fold.add(entry)]
     assert fold.watermark == line[-1].until
     assert state(fold) == expected(line, watermark)
+    last = {item: entry.until for entry in line if entry.until > watermark for item in listed(entry.ids)}
+    assert {item: fold.changed_at(item) for item in [*listed(fold.ids), *listed(fold.deleted)]} == last
+    assert fold.changed_at("never") == 0
     assert [entry.until for entry in known] == sorted({entry.until for entry in known})
 
 

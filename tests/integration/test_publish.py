@@ -235,7 +235,7 @@ def test_verify_finds_damage_in_the_store(shop: Shop, tmp_path: Path, monkeypatc
 class FailingStore(FileStore):
     """A store whose disk fails once the release is built."""
 
-    def publish(self, folder: Path, progress: Progress = no_progress) -> str:
+    def publish(self, folder: Path, progress: Progress = no_progress, *, owned: bool = False) -> str:
         raise StoreError(f"{self.url}: no space left: free some")
 
 
@@ -355,7 +355,7 @@ import sys
 import cache.cli
 from cache.file_store import FileStore
 
-def stop(store, folder, progress):
+def stop(store, folder, progress, owned):
     print("built", flush=True)
     sys.stdin.read()
 

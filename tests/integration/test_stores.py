@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 import signal
@@ -225,6 +226,23 @@ def test_what_was_published_is_fetched_whole(place: Place, folders: list[Path]) 
     for path in folders[0].rglob("*"):
         if path.is_file():
             assert (fetched / path.relative_to(folders[0])).read_bytes() == path.read_bytes()
+
+
+def test_files_of_the_publisher_are_taken_without_a_copy_where_the_disk_has_links(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*paths: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    linked, copied = FileStore(f"file://{tmp_path}/a"), FileStore(f"file://{tmp_path}/b")
+    name = linked.publish(folders[0], owned=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("cache.file_store.os.link", refused)
+        copied.publish(folders[0], owned=True)
+    mine = (folders[0] / ITEMS).stat().st_ino
+    assert [(store.fetch(name, tmp_path) / ITEMS).stat().st_ino == mine for store in (linked, copied)] == [True, False]
+    shutil.rmtree(copied.root)
+    assert verify_release(linked.fetch(name, tmp_path)) == read_release(folders[0])
 
 
 def test_publishing_lists_a_release_and_does_not_activate_it(place: Place, folders: list[Path]) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import gc
 import json
+from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -53,6 +56,21 @@ def test_the_id_names_the_content(tmp_path: Path) -> None:
         open_bundle(write_bundle(tmp_path / str(i), SPEC, HEADS[0], seed=seed)).id for i, seed in enumerate((1, 1, 2))
     ]
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_bundles_in_use_at_a_time_share_an_equal_specification(tmp_path: Path) -> None:
+    other = replace(SPEC, fields=SPEC.fields[:2])
+    specs = (SPEC, SPEC, other)
+    first, second, third = (
+        open_bundle(write_bundle(tmp_path / str(i), spec, HEADS[0], seed=i)) for i, spec in enumerate(specs)
+    )
+    assert first.id != second.id
+    assert second.spec is first.spec
+    assert third.spec == other
+    held = ref(first.spec)
+    del first, second
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("name", FILES)

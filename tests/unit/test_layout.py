@@ -38,7 +38,7 @@ ONE_DOOR = {  # third-party engine: where alone it may be imported
     "uvicorn": ("service/",),
     "locust": ("loadtest/",),
     "lightgbm": ("model/teacher.py",),
-    "ray": ("cache/on_ray.py",),
+    "ray": ("cache/on_ray.py", "service/ray_serve.py"),
     "pyspark": ("cache/on_spark.py",),
 }
 TORCH_ROOMS = tuple(

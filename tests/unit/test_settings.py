@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from service.cli import serve
+from service.cli import gather, serve
 from service.errors import SettingsError
-from service.settings import PREFIX, Settings, load_settings, unknown_variables
+from service.settings import PREFIX, GatherSettings, Settings, load_settings, unknown_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +27,16 @@ def test_flags_win_over_the_environment_and_it_over_defaults(monkeypatch: pytest
 def test_every_setting_has_a_flag_and_a_description() -> None:
     assert {*inspect.signature(serve).parameters} == {*Settings.model_fields}
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_every_setting_of_gather_is_a_setting_with_a_description() -> None:
+    flags = {*inspect.signature(gather).parameters}
+    assert flags <= {*GatherSettings.model_fields}
+    own = GatherSettings.model_fields.keys() - Settings.model_fields.keys()
+    assert own <= flags
+    assert all(GatherSettings.model_fields[name].description for name in own)
+    documentation = (ROOT / "docs" / "operations.md").read_text()
+    assert [name for name in own if f"`--{name.replace('_', '-')}`" not in documentation] == []
 
 
 def test_every_setting_is_documented_with_its_default() -> None:

@@ -21,7 +21,7 @@ PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-changes bench-swaps bench-large bench-shards bench-encode bench-train bench-releases bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify verify-kills sanitize openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-changes bench-swaps bench-large bench-shards bench-encode bench-train bench-releases bench-outages bench-damage bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify verify-kills sanitize openapi clean
 
 help: ## print these verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,12 @@ bench-shards: $(VENV)/.setup-dev ## what scatter and gather on Ray Serve cost be
 	$(PIP) install -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m benchmarks.shards --size $(SIZE) $(if $(ITEMS),--items $(ITEMS)) $(EXTRA)
 
+bench-outages: $(VENV)/.setup-dev ## requests, metrics and verbs while Redis is killed, frozen, slow, full, replaced; SIZE=tiny to try it
+	$(BIN)/python -m benchmarks.outages --size $(SIZE) $(EXTRA)
+
+bench-damage: $(VENV)/.setup-dev ## releases cut, flipped by a bit or swapped in the store while a replica serves; SIZE=tiny to try it
+	$(BIN)/python -m benchmarks.damage --size $(SIZE) $(EXTRA)
+
 $(VENV)/.setup-bench: $(VENV)/.setup-dev
 	$(PIP) install -c constraints.txt -e '.[bench]' || echo 'not every rival can be installed here: the benchmark names those that are absent'
 	@touch $@
@@ -174,7 +180,7 @@ sanitize: $(VENV)/.setup-dev ## the kernel's tests under AddressSanitizer and Un
 
 verify: check test sanitize ## the longer tier
 
-verify-kills: $(VENV)/.setup-dev ## kill a publisher at each of its writes and at 200 moments of each store (15 minutes)
+verify-kills: $(VENV)/.setup-dev ## kill a publisher at each of its writes and at 200 moments of each store (20 minutes)
 	RANKTOWER_TEST_KILLS=all $(BIN)/python -m pytest -q -n0 tests/integration/test_kills.py
 
 openapi: $(VENV)/.setup ## write docs/openapi.json from the service

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -246,7 +246,8 @@ class Newer:
     """What came after a release, as far as it is here."""
 
     overlay: Path | None = None  # a file (cache/overlay.py), None while nothing has changed behind the watermark
-    behind_since_s: float | None = None  # monotonic time since when a change has been in the log that is not here
+    looked_s: float | None = field(default=None, compare=False)  # monotonic time of the last look that succeeded
+    behind_since_s: float | None = None  # since when, as found then, a change has been in the log that is not here
     dead: int = 0  # items whose last change the bundle could not take, and entries of which it could read no item
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -114,10 +114,10 @@ class Follower:
         _see_end(at)
         _read(at)
         path = at.told.overlay
-        if at.fold.watermark > at.written:
+        if at.fold.watermark > at.written or (path is not None and not path.exists()):
             path = self._write(at, cache_dir)
             at.written = at.fold.watermark
-        at.told = Newer(overlay=path, behind_since_s=_behind_since(at), dead=_count_dead(at))
+        at.told = Newer(overlay=path, looked_s=start_s, behind_since_s=_behind_since(at), dead=_count_dead(at))
         end_s = monotonic()
         at.rest_until_s = end_s + REST * (end_s - start_s)
         return at.told
@@ -166,14 +166,17 @@ class Follower:
         return path
 
     def _folder(self, cache_dir: Path) -> Path:
-        """A new one, held; what dead processes left beside it goes."""
-        if self._home is None:
+        """One that is held, another where the cache was cleared meanwhile; what dead processes left beside it goes."""
+        if self._home is None or not self._home.is_dir():
+            self._held.close()
             cache_dir.mkdir(parents=True, exist_ok=True)
-            for left in cache_dir.glob(f"{PREFIX}*"):
-                if not is_held(left):
-                    shutil.rmtree(left, ignore_errors=True)
-            self._home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=cache_dir)).absolute()
-            self._held.enter_context(holding(self._home))
+            with holding(cache_dir):  # nobody finds a folder here that is not held yet
+                for left in cache_dir.glob(f"{PREFIX}*"):
+                    with suppress(FileNotFoundError):  # whose it was has deleted it
+                        if not is_held(left):
+                            shutil.rmtree(left, ignore_errors=True)
+                self._home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=cache_dir)).absolute()
+                self._held.enter_context(holding(self._home))
         return self._home
 
 

@@ -44,7 +44,8 @@ class LocalRelease:
     folder: str
     spec_id: str  # whose user table goes with it
     overlay: str | None = None  # what came after it, if anything
-    behind_since_s: float | None = None  # as of `Newer`
+    looked_s: float | None = field(default=None, compare=False)  # as of `Newer`; to look again is no news
+    behind_since_s: float | None = None
     dead: int = 0
 
 
@@ -208,14 +209,17 @@ class Mirror:
             if self.view.releases:
                 raise
             self._fail(error)
-            return here
+            return replace(here, behind_since_s=monotonic())
 
     def _bring_changes(self, release_id: str) -> None:
         """Tell of what came after the release; what was told before stays told."""
         here = self.view.releases[release_id]
         told = _with_changes(here, self._store.fetch_changes(Path(here.folder), self._cache_dir))
+        releases = {**self.view.releases, release_id: told}
         if told != here:
-            self._tell(releases={**self.view.releases, release_id: told})
+            self._tell(releases=releases)
+        else:  # told with the next look
+            self.view = replace(self.view, releases=releases)
 
     def _bring_users(self, spec_id: str, version: str | None) -> None:
         here = self.view.users.get(spec_id)
@@ -261,7 +265,8 @@ def _view_before(folder: Path) -> View:
 
 def _with_changes(here: LocalRelease, newer: Newer) -> LocalRelease:
     overlay = None if newer.overlay is None else str(newer.overlay)
-    return replace(here, overlay=overlay, behind_since_s=newer.behind_since_s, dead=newer.dead)
+    told = {name: getattr(newer, name) for name in ("looked_s", "behind_since_s", "dead")}
+    return replace(here, overlay=overlay, **told)
 
 
 def _lies_here(table: LocalUsers) -> bool:
@@ -336,7 +341,7 @@ class MirrorStore:
         if here is None:
             return Newer()
         overlay = None if here.overlay is None else Path(here.overlay)
-        return Newer(overlay=overlay, behind_since_s=here.behind_since_s, dead=here.dead)
+        return Newer(overlay=overlay, looked_s=here.looked_s, behind_since_s=here.behind_since_s, dead=here.dead)
 
     def drop_cached(self, cache_dir: Path, keep: set[str]) -> Names:
         """Nothing: who fetches deletes."""

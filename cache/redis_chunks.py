@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from redis.exceptions import RedisClusterException, RedisError
 from redis.lock import Lock
@@ -20,6 +21,7 @@ from redis.lock import Lock
 from cache.durable import locked, rename_durably, sync_tree
 from cache.errors import StoreError
 from cache.parallel import in_order
+from cache.redis_client import Clients
 from cache.release import (
     NAME,
     Artifact,
@@ -43,6 +45,14 @@ redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
 return 1
 """
 
+# Deletes first, for a script that has written is not refused where memory has run out: who prunes is to free some.
+LEASE = """
+if redis.call('GET', KEYS[1]) then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
 log = logging.getLogger(__name__)
 
 
@@ -55,15 +65,15 @@ class Manifest(NamedTuple):
 
 
 class Chunks:
-    """The chunks below `prefix`. `client` is what `redis_client.connect` returns; `streams` chunks move at a time."""
+    """The chunks below `prefix`; `streams` move at a time."""
 
-    def __init__(self, client: Any, prefix: str, url: str, lease_s: float, streams: int = STREAMS) -> None:
-        self._client, self._prefix, self._url, self._lease_s = client, prefix, url, lease_s
+    def __init__(self, clients: Clients, prefix: str, url: str, lease_s: float, streams: int = STREAMS) -> None:
+        self._clients, self._prefix, self._url, self._lease_s = clients, prefix, url, lease_s
         self._streams = streams
 
     @property
-    def prefix(self) -> str:
-        return self._prefix
+    def _client(self) -> Any:
+        return self._clients.quick
 
     def missing(self, base: str, artifact: Artifact) -> list[Chunk]:
         """Chunks that are not there, or of another size."""
@@ -144,9 +154,10 @@ class Chunks:
 
     @contextmanager
     def lease_now(self, name: str) -> Iterator[bool]:
-        """The same without waiting: yields whether it could be had."""
-        lease = self._lock(name)
-        had = bool(lease.acquire(blocking=False))
+        """The same without waiting, and where memory has run out: yields whether it could be had."""
+        lease, token = self._lock(name), uuid4().hex.encode()
+        had = bool(self._client.eval(LEASE, 1, self._lease_name(name), token, round(1e3 * self._lease_s)))
+        lease.local.token = token
         try:
             yield had
         finally:
@@ -179,7 +190,9 @@ class Chunks:
     # --- one chunk, on whichever thread
 
     def _send(self, base: str, folder: Path, artifact: Artifact, chunk: Chunk) -> int:
-        self._client.set(self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder)))
+        self._clients.bulk.set(
+            self.key(base, chunk), check_chunk(artifact, chunk, read_chunk(folder, chunk), str(folder))
+        )
         return chunk.size
 
     def _is_stored(self, base: str, chunk: Chunk) -> bool:

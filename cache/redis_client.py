@@ -11,28 +11,37 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
-from redis import Redis, RedisCluster
+from redis import ConnectionPool, Redis, RedisCluster
 from redis import exceptions as failures
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.cluster import ClusterNode
 from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel
+from redis.sentinel import (
+    MasterNotFoundError,
+    Sentinel,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 
 from cache.errors import StoreError
 from model.datasets.schema import nearest
 
 PREFIX = "ranktower"
 PORT, SENTINEL_PORT = 6379, 26379
-TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
+ANSWER_S, CONNECT_S = 2.0, 2.0  # of what answers at once: without a word for so long, a server is gone
+TRANSFER_S = 30.0  # of a large write: 8 MB need 7 s at 10 Mbit/s, and nothing comes back before the last of them
+SENTINEL_S = 1.0  # there are others to ask
 RETRIES = 3  # of a command, after 0.1, 0.2 and 0.4 s; opening a connection has as many of its own
+RETRY_WITHIN_S = 3.0  # what took longer is not tried again: so one timeout is, by who may be in charge by then
 HEALTH_CHECK_S = 30
 MOST_SECONDS = 86_400
 ESCAPE = "write special characters of a password as %xx"
@@ -224,54 +233,160 @@ def without_password(url: str) -> str:
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
+Answer = TypeVar("Answer")
+
+
+class Brief(Retry):
+    """Tries again what failed soon: for a silent server that is once."""
+
+    __hash__ = Retry.__hash__
+
+    def call_with_retry(
+        self,
+        do: Callable[[], Answer],
+        fail: Callable[..., object],
+        is_retryable: Callable[[Exception], bool] | None = None,  # no command has one
+        with_failure_count: bool = False,
+    ) -> Answer:
+        """`fail` closes the connection: an answer that comes late is never taken for that of another command."""
+        last_s, failed = monotonic() + RETRY_WITHIN_S, 0
+        while True:
+            try:
+                return do()
+            except self._supported_errors as error:
+                failed += 1
+                if with_failure_count:
+                    fail(error, failed)
+                else:
+                    fail(error)
+                if failed > self.get_retries() or monotonic() > last_s:
+                    raise
+            sleep(self._backoff.compute(failed))
+
+
+class Cluster(RedisCluster):
+    """A cluster whose slots are asked for anew after a timeout, but what timed out is not tried again."""
+
+    ERRORS_ALLOW_RETRY = tuple(  # type: ignore[assignment]  # typed as all four of them
+        kind for kind in RedisCluster.ERRORS_ALLOW_RETRY if kind is not failures.TimeoutError
+    )
+
+
+class MasterConnection(SentinelManagedConnection):
+    """Asks the sentinels whenever it is opened, also for a command that is tried again: the master may be another."""
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        if self._sock is None:
+            self._connect_retry()  # type: ignore[no-untyped-call]
+        super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+
+
+class MasterSSLConnection(MasterConnection, SentinelManagedSSLConnection):
+    """The same with TLS."""
+
+
 class Masters(Sentinel):
-    """The sentinels, saying what each of them knows where none knows the master."""
+    """The sentinels, each asked once, saying what each of them knows where none knows the master."""
+
+    def __init__(self, nodes: Sequence[tuple[str, int]], options: Mapping[str, Any]) -> None:
+        super().__init__(nodes, sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+        self._found: tuple[str, int] | None = None
+        self._pools: list[ConnectionPool] = []
+
+    def client(self, service: str, options: Mapping[str, Any]) -> Any:
+        kind = MasterSSLConnection if options["ssl"] else MasterConnection
+        client = self.master_for(service, connection_class=kind, **options)  # type: ignore[no-untyped-call]
+        self._pools.append(client.connection_pool)
+        return client
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
-        try:
-            host, port = super().discover_master(service_name)  # type: ignore[no-untyped-call]
-            return host, port
-        except MasterNotFoundError:
-            known = "; ".join(_knowledge(sentinel) for sentinel in self.sentinels)
-            raise MasterNotFoundError(f"no master {service_name!r} is up: {known}") from None
+        known = []
+        for place, sentinel in enumerate(self.sentinels):
+            name = "{host}:{port}".format_map(sentinel.connection_pool.connection_kwargs)
+            try:
+                states: Any = sentinel.sentinel_masters()
+            except RedisError as error:
+                known.append(f"{name} says {error}")
+                continue
+            state = states.get(service_name)
+            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
+                self.sentinels.insert(0, self.sentinels.pop(place))  # who knows is asked first from now on
+                return self._follow((state["ip"], state["port"]))
+            masters = [other + (" (down)" if states[other]["is_sdown"] else "") for other in states]
+            known.append(f"{name} knows {', '.join(masters) or 'none'}")
+        raise MasterNotFoundError(f"no master {service_name!r} is up: {'; '.join(known)}")
+
+    def _follow(self, found: tuple[str, int]) -> tuple[str, int]:
+        """No client goes on with a master that another one has left: what one writes the other reads."""
+        if found != self._found:
+            self._found = found
+            for pool in self._pools:
+                pool.disconnect(inuse_connections=False)
+        return found
 
 
-def _knowledge(sentinel: Any) -> str:
-    place = "{host}:{port}".format_map(sentinel.connection_pool.connection_kwargs)
-    try:
-        states = sentinel.sentinel_masters().items()
-    except RedisError as error:
-        return f"{place} says {error}"
-    masters = [name + (" (down)" if state["is_sdown"] else "") for name, state in states]
-    return f"{place} knows {', '.join(masters) or 'none'}"
+class Clients:
+    """The clients of one address, each a redis.Redis or a redis.RedisCluster, alike in all that a store does.
 
+    They are made with the first question: a cluster is asked for its slots then. A failure is not kept.
+    """
 
-def connect(address: Address) -> Any:
-    """A redis.Redis or redis.RedisCluster, alike in all that a store does. A cluster is asked for its slots here."""
-    for name in TLS_FILES:
-        path = address.options.get(name)
-        if path is not None and not Path(path).is_file():
-            raise StoreError(f"{address.url}: {name}: there is no file {path}: correct its path")
-    timeouts = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
-    options: dict[str, Any] = {**timeouts, **address.options}
-    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), RETRIES)
-    if address.kind == "redis+cluster":
-        nodes = [ClusterNode(*node) for node in address.nodes]  # type: ignore[no-untyped-call]
-        return RedisCluster(startup_nodes=nodes, retry=retry, **options)
-    options = {"health_check_interval": HEALTH_CHECK_S, "retry": retry, **options}
-    if address.kind == "redis+sentinel":
-        return _sentinels(address, options).master_for(address.service, **options)  # type: ignore[no-untyped-call]
-    ((host, port),) = address.nodes
-    return Redis(host=host, port=port, **options)
+    def __init__(self, address: Address) -> None:
+        self._address = address
 
+    @cached_property
+    def quick(self) -> Any:
+        """A command fails once nothing has come back for two seconds, however much is on its way."""
+        return self._connect(ANSWER_S)
 
-def _sentinels(address: Address, options: Mapping[str, Any]) -> Masters:
-    """They answer at once or not at all: the command that asks them is tried again by itself."""
-    kept = {name: value for name, value in options.items() if name.startswith(("ssl", "socket_connect"))}
-    if address.sentinel_auth:
-        kept |= {name: options[name] for name in ("username", "password")}
-    kept |= {"socket_timeout": CONNECT_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)}
-    return Masters(address.nodes, sentinel_kwargs=kept)  # type: ignore[no-untyped-call]
+    @cached_property
+    def bulk(self) -> Any:
+        """The same for what sends much: then nothing comes back for long."""
+        return self._connect(TRANSFER_S)
+
+    def drop_idle(self) -> None:
+        """Connections that wait for use may lead to who is silent, too. The client of a cluster sees to its own."""
+        if self._address.kind != "redis+cluster":
+            for client in self._made():
+                client.connection_pool.disconnect(inuse_connections=False)
+
+    def close(self) -> None:
+        for client in self._made():
+            client.close()
+
+    def _made(self) -> list[Any]:
+        return [self.__dict__[name] for name in ("quick", "bulk") if name in self.__dict__]
+
+    def _connect(self, timeout_s: float) -> Any:
+        address = self._address
+        for name in TLS_FILES:
+            path = address.options.get(name)
+            if path is not None and not Path(path).is_file():
+                raise StoreError(f"{address.url}: {name}: there is no file {path}: correct its path")
+        timeouts = {"socket_timeout": ANSWER_S, "socket_connect_timeout": CONNECT_S}
+        options: dict[str, Any] = {**timeouts, **address.options}
+        if timeout_s > ANSWER_S:
+            options["socket_timeout"] = max(timeout_s, options["socket_timeout"])
+        retry = Brief(ExponentialBackoff(cap=1.0, base=0.05), RETRIES)
+        if address.kind == "redis+cluster":
+            nodes = [ClusterNode(*node) for node in address.nodes]  # type: ignore[no-untyped-call]
+            return Cluster(startup_nodes=nodes, retry=retry, **options)
+        options = {"health_check_interval": HEALTH_CHECK_S, "retry": retry, **options}
+        if address.kind == "redis+sentinel":
+            return self._masters.client(address.service, options)
+        ((host, port),) = address.nodes
+        return Redis(host=host, port=port, **options)
+
+    @cached_property
+    def _masters(self) -> Masters:
+        """They answer at once or not at all: the command that asks them is tried again by itself."""
+        given = self._address.options
+        options = {name: value for name, value in given.items() if name.startswith("ssl")}
+        if self._address.sentinel_auth:
+            options |= {name: given[name] for name in ("username", "password")}
+        options["socket_connect_timeout"] = given.get("socket_connect_timeout", SENTINEL_S)
+        options |= {"socket_timeout": SENTINEL_S, "retry": Retry(NoBackoff(), 0)}
+        return Masters(self._address.nodes, options)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from redis.exceptions import ResponseError
 
 from cache.changes import ENTRY_BYTES, Entry
 from cache.errors import StoreError
+from cache.redis_client import Clients
 
+BULK_BYTES = 1 << 20  # from here on a write may take a slow line longer than an answer may take
 SERIAL_BITS = (
     20  # of a position, for the number within a millisecond; 43 more hold the milliseconds until the year 2248
 )
@@ -29,15 +31,22 @@ return id
 """
 NOW = "return redis.call('TIME')"
 RAISE = """
-if ARGV[1] > (redis.call('GET', KEYS[1]) or '') then redis.call('SET', KEYS[1], ARGV[1]) end
+if ARGV[1] > (redis.call('GET', KEYS[1]) or '') then
+  redis.call('DEL', KEYS[1])  -- a script that has written is not refused where memory has run out: trimming frees some
+  redis.call('SET', KEYS[1], ARGV[1])
+end
 """
 
 
 class RedisLog:
-    """The log in one stream. `client` is a redis.Redis or a redis.RedisCluster, `errors` turns what they raise."""
+    """The log in one stream. `errors` turns what the clients raise."""
 
-    def __init__(self, client: Any, key: str, errors: Callable[[], AbstractContextManager[None]]) -> None:
-        self._client, self._key, self._floor_key, self._errors = client, key, f"{key}:floor", errors
+    def __init__(self, clients: Clients, key: str, errors: Callable[[], AbstractContextManager[None]]) -> None:
+        self._clients, self._key, self._floor_key, self._errors = clients, key, f"{key}:floor", errors
+
+    @property
+    def _client(self) -> Any:
+        return self._clients.quick
 
     def append(self, payloads: Sequence[bytes]) -> int:
         largest = max((len(payload) for payload in payloads), default=0)
@@ -46,7 +55,8 @@ class RedisLog:
                 f"an append of {len(payloads)} entries, the largest of {largest:,} octets: send fewer rows"
             )
         with self._errors():
-            return _position(self._client.eval(APPEND, 1, self._key, FIELD, *payloads))
+            client = self._client if sum(map(len, payloads)) < BULK_BYTES else self._clients.bulk
+            return _position(client.eval(APPEND, 1, self._key, FIELD, *payloads))
 
     def read(self, after: int, limit: int) -> list[Entry]:
         with self._errors():
@@ -79,7 +89,7 @@ class RedisLog:
 
     def trim(self, up_to: int) -> None:
         with self._errors():
-            self._client.xtrim(self._key, minid=_id(up_to + 1), approximate=False)
+            self._clients.bulk.xtrim(self._key, minid=_id(up_to + 1), approximate=False)
 
     def floor(self) -> int:
         with self._errors():

@@ -35,7 +35,7 @@ from cache.durable import sharing
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
 from cache.redis_chunks import STREAMS, Chunks, Manifest, is_whole
-from cache.redis_client import CONNECT_TIMEOUT_S, connect, is_passing, read_url, store_error
+from cache.redis_client import ANSWER_S, Clients, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
     BUNDLE,
@@ -131,21 +131,21 @@ class RedisStore:
         self._control = [f"{{{prefix}}}:{name}" for name in CONTROL]
         self._current, self._previous, self._releases, self._notices, self._rollout, self._audit = self._control
         self._users = f"{{{prefix}}}:users"
+        self._clients = Clients(self._address)
         self._verified: set[Path] = set()
         self._followers = Followers(self.log)
         self._notices_of: Any = None  # redis.client.PubSub, once somebody has waited
         self._may_subscribe = True
 
-    @cached_property
+    @property
     def _client(self) -> Any:
-        """Made with the first question: a cluster is asked for its slots then. A failure is not kept."""
-        return connect(self._address)
+        return self._clients.quick
 
     @cached_property
     def _chunks(self) -> Chunks:
         most = self._address.options.get("max_connections", STREAMS + 1)  # notices keep one for themselves
         streams = max(1, min(STREAMS, most - 1))
-        return Chunks(self._client, self._address.prefix, self.url, self._lease_s, streams)
+        return Chunks(self._clients, self._address.prefix, self.url, self._lease_s, streams)
 
     # --- releases
 
@@ -292,8 +292,7 @@ class RedisStore:
     def close(self) -> None:
         self._followers.close()
         self._unsubscribe()
-        if "_client" in self.__dict__:
-            self._client.close()
+        self._clients.close()
 
     def _cache(self, cache_dir: Path) -> Path:
         """The part of a cache that is this store's alone, whatever password it is read with."""
@@ -366,7 +365,7 @@ class RedisStore:
 
     def log(self, name: str) -> ChangeLog:
         with self._errors():
-            return RedisLog(self._client, self._log_key(name), self._errors)
+            return RedisLog(self._clients, self._log_key(name), self._errors)
 
     def logs(self, kind: str) -> Names:
         start = self._log_key(f"{kind}/")
@@ -381,7 +380,7 @@ class RedisStore:
                 self._client.unlink(key)
 
     def _log_key(self, name: str) -> str:
-        return f"{self._chunks.prefix}:{name.replace('/', ':')}"
+        return f"{self._address.prefix}:{name.replace('/', ':')}"
 
     # --- what dead publishers left
 
@@ -416,7 +415,7 @@ class RedisStore:
         notices = self._client.pubsub()
         try:
             notices.subscribe(self._notices)
-            notices.get_message(timeout=CONNECT_TIMEOUT_S)  # in force before anyone looks
+            notices.get_message(timeout=ANSWER_S)  # in force before anyone looks
             self._notices_of = notices
         except NoPermissionError:
             log.warning("%s: may not subscribe to %s: looking every %g s instead", self.url, self._notices, POLL_S)
@@ -437,6 +436,8 @@ class RedisStore:
         try:
             yield
         except (RedisError, RedisClusterException) as error:
+            if is_passing(error):
+                self._clients.drop_idle()
             raise store_error(self._address, error) from error
         except OSError as error:
             raise StoreError(disk_error(error, cache)) from error

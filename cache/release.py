@@ -195,7 +195,6 @@ def seal_users(folder: Path, *, now: Clock = utc_now) -> UserTable:
 
 def _seal(folder: Path, manifest: str, body: Mapping[str, Any], now: Clock) -> bytes:
     created = now()
-    stamp = created.strftime("%Y%m%dT%H%M%S%f")[:-3]
     files = [
         {"path": path.relative_to(folder).as_posix(), **_hashes(path, CHUNK_BYTES)}
         for path in sorted(folder.rglob("*"))
@@ -208,7 +207,7 @@ def _seal(folder: Path, manifest: str, body: Mapping[str, Any], now: Clock) -> b
         "files": files,
         **body,
     }
-    content = json.dumps({**whole, "id": f"{stamp}-{_digest(whole)}"}, indent=1).encode()
+    content = _written({**whole, "id": f"{_stamp(created)}-{_digest(whole)}"})
     (folder / manifest).write_bytes(content)
     return content
 
@@ -223,6 +222,14 @@ def _hashes(path: Path, chunk_bytes: int) -> dict[str, Any]:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _stamp(created: datetime) -> str:
+    return created.strftime("%Y%m%dT%H%M%S%f")[:-3]
+
+
+def _written(whole: Mapping[str, Any]) -> bytes:
+    return json.dumps(whole, indent=1).encode()
 
 
 def _digest(whole: Mapping[str, Any]) -> str:
@@ -278,14 +285,21 @@ def _parse(raw: bytes, source: str) -> tuple[dict[str, Any], dict[str, Any]]:
         whole = json.loads(raw)
         if whole["format"] != FORMAT:
             raise StoreError(f"{source} has format {whole['format']}, this version reads {FORMAT}: publish it again")
-        name = whole["id"]
         files = tuple(_stored_file(entry, whole["chunk_bytes"]) for entry in whole["files"])
         common = {key: whole[key] for key in ("id", "created", "snapshot_id", "count", "chunk_bytes")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{source}: its manifest cannot be read ({error!r}): publish it again") from error
-    if not NAME.fullmatch(name) or name[-12:] != _digest({key: whole[key] for key in whole if key != "id"}):
+    if not _is_as_written(whole, raw):
         raise StoreError(f"{source}: its manifest has changed since it was written: publish it again")
     return whole, {**common, "files": files}
+
+
+def _is_as_written(whole: dict[str, Any], raw: bytes) -> bool:
+    """Whether the name fits, and no octet has changed, be it one that changes no meaning, as in 1E-05 for 1e-05."""
+    body = {key: whole[key] for key in whole if key != "id"}
+    if not NAME.fullmatch(whole["id"]) or whole["id"][-12:] != _digest(body):
+        return False
+    return whole["id"][:18] == _stamp(datetime.fromisoformat(whole["created"])) and raw == _written(whole)
 
 
 def _stored_file(entry: Mapping[str, Any], chunk_bytes: int) -> StoredFile:

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 from cache.changes import Newer
-from cache.errors import Awaited
+from cache.errors import Awaited, StoreError
 from cache.mirror import CHANGES_S
 from cache.overlay import Overlay
 from cache.retry import STORE_PAUSE_S, Retry
@@ -26,6 +26,8 @@ from service.errors import NotReady
 from service.live import Serving, why_not_beside
 from service.ranker import Ranker
 from service.user_cache import UserCache
+
+GRACE_S = 2.0  # a replica that has looked at the log within it is up to date, if it was then
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class Standing:
     current: str | None = None  # the release that the store names
     rollout: Rollout = ALONE  # what it names beside that
     refused: Mapping[str, str] = field(default_factory=dict)  # releases of the rollout that are not served, and why
-    behind_since_s: float | None = None  # monotonic time since when the ranker has lacked a change that is in the log
+    looked_s: float | None = None  # monotonic time of the last look at the log that succeeded
+    behind_since_s: float | None = None  # since when, as found then, the ranker has lacked a change that is in the log
     dead: int = 0  # changes that the release's bundle could not take
     swaps: int = 0  # how often a release or a user table was taken over
     reachable: bool = False  # whether the store answered when last asked
@@ -53,8 +56,11 @@ class Standing:
         return None if self.serving is None else self.serving.current
 
     def behind_s(self) -> float:
-        """For how long the ranker has lacked a change that is in the log; 0 where it lacks none."""
-        return 0.0 if self.behind_since_s is None else monotonic() - self.behind_since_s
+        """For how long the ranker has lacked a change of the log, or nobody could look; 0 where it lacks none."""
+        now, since_s = monotonic(), self.behind_since_s
+        if since_s is None and self.looked_s is not None and now > self.looked_s + GRACE_S:
+            since_s = self.looked_s
+        return 0.0 if since_s is None else now - since_s
 
     def staleness_s(self) -> float | None:
         """Seconds since the store last answered; None before it ever did."""
@@ -171,8 +177,7 @@ class Refresher:
             if self._retry.allows(live.current):
                 self.take_over(live.current)
             else:
-                self.follow_users()
-                self.follow_changes()
+                self._follow()
         except Awaited as news:
             if news.failures not in (0, self._heard):
                 self._heard = news.failures
@@ -189,7 +194,7 @@ class Refresher:
         serving = self.standing.ranker
         fits = True
         if serving is not None and serving.release == release_id:
-            fits = self.follow_users() and self.follow_changes()
+            fits = self._follow()
         elif release_id is not None:  # a store without any release has lost all it had: that deletes no users here
             try:
                 fits = self._take_release(release_id)
@@ -199,6 +204,14 @@ class Refresher:
         self._retry = Retry()
         if fits and self.standing.failure is not None:
             self._stand(failure=None)
+
+    def _follow(self) -> bool:
+        """Follow users and changes of what is served; a table that cannot be had holds up no changes."""
+        try:
+            users = self.follow_users()
+        finally:
+            changes = self.follow_changes()
+        return users and changes
 
     def follow_users(self) -> bool:
         """Take the current user table of what is served, or none where it was deleted.
@@ -243,7 +256,7 @@ class Refresher:
         self._changes_retry = Retry()
         rollout = self.standing.rollout
         serving = self.standing.serving if ranker is self.standing.ranker else self._with_beside(ranker, rollout)
-        self._stand(serving=serving, behind_since_s=newer.behind_since_s, dead=newer.dead)
+        self._stand(serving=serving, **_known(newer))
         return True
 
     def _under_changes(self, ranker: Ranker) -> tuple[Ranker, Newer]:
@@ -264,7 +277,7 @@ class Refresher:
             if self.standing.ranker is not None:
                 raise
             self._record(error)
-            return ranker, Newer(), False
+            return ranker, Newer(behind_since_s=monotonic()), False
 
     def _take_release(self, release_id: str) -> bool:
         """Returns whether it is served with what came after it."""
@@ -275,7 +288,7 @@ class Refresher:
                 return True
             ranker, newer, whole = self._open(release_id)
             self._swap(ranker, self._store.users_version(ranker.spec.id))
-            self._stand(behind_since_s=newer.behind_since_s, dead=newer.dead)
+            self._stand(**_known(newer))
             return whole
         except Awaited:
             raise
@@ -368,12 +381,21 @@ class Refresher:
                 self._record_beside(release_id, news)
             return None if known else str(news)
         except Exception as error:  # its share stays with the current release, or with what was served of it
+            if self._has_left(release_id):
+                return None
             self._beside_retries[release_id] = retry.later(release_id)
             self._record_beside(release_id, error)
             return None if known else str(error) or type(error).__name__
         if known is None:
             return self.standing.refused.get(release_id, "it is tried again soon")
         return why_not_beside(serving, known.ranker)
+
+    def _has_left(self, release_id: str) -> bool:
+        """Whether the store names it no more: then its copy may be gone already, and nothing is wrong."""
+        try:
+            return release_id not in self._store.wait(NOTHING, 0.0).releases
+        except StoreError:
+            return False
 
     def _opened(self, release_id: str) -> _Beside:
         ranker, _, _ = self._open(release_id)
@@ -408,3 +430,9 @@ class Refresher:
             log.exception("refresh failed, serving %s", serving)
         self._stand(failure=str(error) or type(error).__name__, failures=self.standing.failures + 1)
         self._on_failure()
+
+
+def _known(newer: Newer) -> dict[str, Any]:
+    """Of the standing."""
+    known = {"behind_since_s": newer.behind_since_s, "dead": newer.dead}
+    return known if newer.looked_s is None else {**known, "looked_s": newer.looked_s}

@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ ATTEMPTS = 5  # another process may take the port between its choice and its use
 BUS = 10_000  # nodes of a cluster talk to each other on their port and this
 SLOTS = 16_384
 SERVICE = "releases"  # the master's name among the sentinels
+PIECE = 1 << 15  # bytes that a slow line passes on at a time
 DOWN_MS = 500  # how long a master must be silent before the sentinel replaces it
 
 
@@ -128,6 +130,51 @@ def running_redis(*options: str, config: str | None = None) -> Iterator[RedisSer
             yield server
         finally:
             server.stop()
+
+
+@contextmanager
+def silent(server: RedisServer) -> Iterator[None]:
+    """It accepts connections, as its system does that for it, and says nothing."""
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def slow_line(port: int, bytes_per_s: int) -> Iterator[int]:
+    """A port on which that one is to be had, each connection at so many bytes a second each way."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(100) as pool:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, PIECE)  # else the system takes megabytes at once
+        pool.submit(_accept, pool, listener, port, bytes_per_s)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+def _accept(pool: ThreadPoolExecutor, listener: socket.socket, port: int, bytes_per_s: int) -> None:
+    with suppress(OSError):  # it was shut down
+        while True:
+            near, _ = listener.accept()
+            pool.submit(_connect, pool, near, port, bytes_per_s)
+
+
+def _connect(pool: ThreadPoolExecutor, near: socket.socket, port: int, bytes_per_s: int) -> None:
+    with near, socket.create_connection(("127.0.0.1", port)) as far:
+        back = pool.submit(_relay, far, near, bytes_per_s)
+        _relay(near, far, bytes_per_s)
+        back.result()
+
+
+def _relay(one: socket.socket, other: socket.socket, bytes_per_s: int) -> None:
+    with suppress(OSError):  # the other side is gone
+        while piece := one.recv(PIECE):
+            other.sendall(piece)
+            time.sleep(len(piece) / bytes_per_s)
+    with suppress(OSError):
+        other.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from cache.changes import (
 )
 from cache.errors import StoreError
 from cache.file_log import FileLog
+from cache.redis_log import SERIAL_BITS, _position
 from cache.redis_store import RedisStore
 from cache.store import open_store
 from kernel.ids import Ids, Texts
@@ -344,6 +345,15 @@ def test_a_position_of_redis_is_the_id_of_its_entry(redis_url: str) -> None:
     ((identity, fields),) = store._client.xrevrange("ids:changes", count=1)
     assert identity.decode() == f"{position >> 20}-{position % 2**20}"
     assert fields == {b"e": b"y"}
+
+
+@pytest.mark.parametrize("milliseconds", [1_767_225_600_000, 8_796_093_022_207])  # the start of 2026, the last of all
+def test_a_position_of_redis_as_a_double_is_exact_to_the_millisecond(milliseconds: int) -> None:
+    """Readers of JSON and metrics have doubles: docs/api.md says what is left to them."""
+    first = _position(f"{milliseconds}-0".encode())
+    last = _position(f"{milliseconds}-{2**SERIAL_BITS - 1025}".encode())
+    assert {int(float(position)) >> SERIAL_BITS for position in (first, first + 1, last)} == {milliseconds}
+    assert "exact to the millisecond" in (ROOT / "docs" / "api.md").read_text()
 
 
 def test_redis_keeps_the_last_position_when_all_was_trimmed(redis_url: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,14 @@ from tests.redis_server import (
     running_cluster,
     running_redis,
     running_sentinel,
+    silent,
+    slow_line,
     write_certificates,
 )
 from tests.releases import SPEC_ID, write_release, write_users
 from tests.tiny_releases import publish, tiny_release
+
+SOON_S = 10.0  # nobody waits that long; minutes were the case
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +208,47 @@ def failure(store: RedisStore) -> str:
     return ""
 
 
+# --- silence ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["one server", "cluster"])
+def test_a_server_that_is_silent_is_told_soon(folders: list[Path], kind: str) -> None:
+    with running_redis() if kind == "one server" else nullcontext() as one, ExitStack() as stack:
+        servers = stack.enter_context(running_cluster()) if one is None else [one]
+        url = servers[0].url if one else cluster_url(servers)
+        used, fresh = RedisStore(url), RedisStore(url)
+        name = activated(used, folders[1])
+        assert used.wait(NOTHING, 60).current == name
+        with ExitStack() as silence:
+            for server in servers:
+                silence.enter_context(silent(server))
+            for store in (used, fresh, used):
+                assert "it does not answer in time" in fails_soon(store)
+        for store in (used, fresh):
+            assert store.current() == name
+            store.close()
+
+
+def fails_soon(store: RedisStore) -> str:
+    """What is said."""
+    start_s = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        store.wait(NOTHING, 60)
+    assert time.monotonic() - start_s < SOON_S
+    return str(caught.value)
+
+
+def test_large_writes_have_the_time_that_a_slow_line_takes(folders: list[Path], tmp_path: Path) -> None:
+    with running_redis() as server, slow_line(server.port, 4 << 20) as port:  # a chunk takes half a second
+        store = RedisStore(f"redis://127.0.0.1:{port}?socket_timeout=0.25&prefix=slow")
+        name = activated(store, folders[0])
+        assert verify_release(store.fetch(name, tmp_path)).id == name
+        log = store.log("changes")
+        log.append([bytes(2 << 20)])
+        assert [len(entry.payload) for entry in log.read(0, 10)] == [2 << 20]
+        store.close()
+
+
 # --- Sentinel --------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +298,59 @@ def test_a_master_that_was_replaced_in_order_is_left(folders: list[Path]) -> Non
         assert eventually(lambda: failure(store) == "")
         assert store.current() == old
         assert activated(store, folders[0]) == store.current()
+
+
+def test_readers_and_writers_go_on_after_a_failover_from_a_silent_master(folders: list[Path], tmp_path: Path) -> None:
+    with running_sentinel() as watched:
+        reader, writer = (RedisStore(f"{watched.url}?prefix=silent") for _ in range(2))
+        old = activated(writer, folders[1])
+        assert reader.wait(NOTHING, 60).current == old
+        assert verify_release(reader.fetch(old, tmp_path)).id == old  # over several connections, which now lie idle
+        replicate(watched)
+        with silent(watched.master):
+            assert eventually(lambda: master_port(watched) == watched.replica.port)
+            assert eventually(lambda: goes_on(reader), within_s=2 * SOON_S)
+            assert eventually(lambda: failure(writer) == "", within_s=SOON_S)
+            assert RedisStore(reader.url).current() == old
+            new = activated(writer, folders[0])
+            assert until_changed(reader, old) == new
+        assert verify_release(reader.fetch(new, tmp_path)).id == new
+        for store in (reader, writer):
+            store.close()
+
+
+def goes_on(store: RedisStore) -> bool:
+    try:
+        store.wait(NOTHING, 0)
+    except StoreError:
+        return False
+    return True
+
+
+def test_sentinels_and_a_master_that_are_silent_are_told_soon(folders: list[Path]) -> None:
+    with running_sentinel() as watched:
+        store = RedisStore(f"{watched.url}?prefix=silent")
+        activated(store, folders[1])
+        with silent(watched.sentinel), silent(watched.master):
+            for _ in range(2):  # with a connection to the master, and without
+                assert f"{watched.sentinel.address} says Timeout" in fails_soon(store)
+
+
+def test_a_master_that_hangs_is_left_for_the_one_that_replaced_it(folders: list[Path], tmp_path: Path) -> None:
+    with running_sentinel() as watched:
+        url = f"{watched.url}?prefix=hangs"
+        store, reader = RedisStore(url), RedisStore(f"{url}&socket_timeout=0.3")
+        old = activated(store, folders[1])
+        assert reader.wait(NOTHING, 1).current == old
+        reader.fetch(old, tmp_path)  # its connections are open, to the master
+        reader.log("changes").last()
+        replicate(watched)
+        with silent(watched.master):
+            assert eventually(lambda: master_port(watched) == watched.replica.port)
+            new = activated(RedisStore(url), folders[0])
+            assert reader.wait(Live(current=old), 0.1).current == new
+            assert verify_release(reader.fetch(new, tmp_path)).id == new
+            assert reader.log("changes").last() == 0
 
 
 def until_changed(store: RedisStore, seen: str) -> str | None:

@@ -27,7 +27,7 @@ from cache.durable import sharing
 from cache.errors import RolloutRefused, StoreError, UnknownRelease
 from cache.file_store import FileStore
 from cache.overlay import Overlay
-from cache.redis_client import connect, read_url
+from cache.redis_client import Clients, read_url
 from cache.redis_store import RedisStore
 from cache.release import (
     CHUNK_BYTES,
@@ -140,7 +140,7 @@ class Place:
 
     def redis(self) -> Any:
         """A client that may do all, of the kind that the store has."""
-        return connect(read_url(self.admin or self.url))
+        return Clients(read_url(self.admin or self.url)).quick
 
     def damage(self, release_id: str, change: Callable[[bytes], bytes]) -> None:
         """Change the first chunk of the stored item table."""
@@ -846,6 +846,26 @@ def test_a_full_redis_refuses_the_new_release_and_keeps_the_old(large: Path, tmp
             place.open().publish(tmp_path / "new")
         assert place.open().current() == old
         assert verify_release(place.fetch(old)).id == old
+
+
+def test_a_redis_without_memory_can_be_pruned(folders: list[Path], tmp_path: Path) -> None:
+    with running_redis() as server, server.client() as admin:
+        place = Place(f"{server.url}?prefix=none", tmp_path)
+        old, new = published(place, folders[2:4])
+        orphan = b"none:release:20000101T000000000-000000000000:items.snap:0"  # of a publisher that was refused
+        admin.set(orphan, b"part")
+        admin.config_set("maxmemory", 1)
+        with pytest.raises(StoreError, match="OOM"):
+            place.open().activate(old)
+        store = place.open()
+        assert old in store.prune(1)
+        assert [info.id for info in store.list()] == [new]
+        assert not [key for key in admin.scan_iter("none:release:*") if new.encode() not in key]
+        store.log("changes").raise_floor(7)
+        assert store.log("changes").floor() == 7
+        with pytest.raises(StoreError, match=r"OOM.*prune"):
+            store.log("changes").append([b"row"])
+        assert store.log("changes").last() == 0
 
 
 def test_a_redis_that_must_not_be_written_is_found_before_the_work() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cache import follow
 from cache.changes import CHANGES, DEAD, DeadLetter, Embedded, Newer, encode_dead, encode_embedded, records_log
-from cache.durable import holding
+from cache.durable import holding, is_held
 from cache.errors import SnapshotError, StoreError
 from cache.file_store import FileStore
 from cache.follow import KEPT, PREFIX, Follower
@@ -254,6 +257,50 @@ def test_what_dead_processes_left_goes_what_the_living_hold_stays(
         assert not dead.exists()
         assert alive.exists()
     subject.close()
+
+
+@pytest.mark.parametrize("pattern", ["*", f"{PREFIX}*/*/*"])
+def test_a_cache_that_was_cleared_is_filled_again(
+    store: FileStore, subject: Follower, made: TinyRelease, tmp_path: Path, pattern: str
+) -> None:
+    cache = tmp_path / "cache"
+    embedded(store, made, 0, 1, [100])
+    subject.bring(made.folder, cache)
+    for left in cache.glob(pattern):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    assert state(subject.bring(made.folder, cache)) == (set(), {100}, 1)
+    embedded(store, made, 1, 2, [101])
+    assert state(subject.bring(made.folder, cache)) == (set(), {100, 101}, 2)
+    (home,) = cache.glob(f"{PREFIX}*")
+    assert is_held(home)
+    subject.close()
+    assert not [*cache.iterdir()]
+
+
+def test_a_folder_is_held_before_another_process_may_take_it_for_left(
+    store: FileStore, made: TinyRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one begins between the folder's creation and its lock."""
+    embedded(store, made, 0, 1, [100])
+    first, second = Follower(store.log), Follower(store.log)
+    cache, make = tmp_path / "cache", follow.tempfile.mkdtemp
+    with ThreadPoolExecutor() as pool:
+        others: list[Future[Newer]] = []
+
+        def interrupted(**given: Any) -> str:
+            monkeypatch.setattr(follow.tempfile, "mkdtemp", make)
+            made_now = make(**given)
+            others.append(pool.submit(second.bring, made.folder, cache))
+            with suppress(TimeoutError):
+                others[0].result(0.3)  # as far as it gets
+            return made_now
+
+        monkeypatch.setattr(follow.tempfile, "mkdtemp", interrupted)
+        assert state(first.bring(made.folder, cache)) == (set(), {100}, 1)
+        assert state(others[0].result()) == (set(), {100}, 1)
+    assert len([*cache.iterdir()]) == 2
+    for subject in (first, second):
+        subject.close()
 
 
 def test_another_release_begins_from_its_own_watermark(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,22 @@ def test_overlays_are_told_to_readers(store: Copying, mirror: Mirror, folder: Pa
     assert Overlay.open(newer.overlay).watermark == end
     assert newer.behind_since_s is None
     assert subject.fetch_changes(tmp_path / "another", tmp_path) == Newer()
+
+
+@pytest.mark.usefixtures("without_rest")
+def test_readers_know_when_the_log_was_last_looked_at(
+    store: Copying, mirror: Mirror, folder: Path, tmp_path: Path
+) -> None:
+    name = publish(made(tmp_path, 1), store)
+    subject, looks = reader(folder), []
+    for broken in (set(), set(), set(), {"fetch_changes"}, {"fetch_changes"}, {"wait"}):  # told with the next look
+        store.broken = broken
+        mirror.look(0.0)
+        with suppress(StoreError):
+            subject.wait(Live(current=name), 0.0)
+        looks.append(subject.fetch_changes(Path(mirror.view.releases[name].folder), tmp_path).looked_s)
+    assert looks[0] is not None
+    assert looks[0] <= looks[1] < looks[2] < looks[3] == looks[4] == looks[5]
 
 
 @pytest.mark.usefixtures("without_rest")

@@ -8,7 +8,17 @@ import pytest
 from redis import exceptions as failures
 
 from cache.errors import StoreError
-from cache.redis_client import OPTIONS, SCHEMES, is_passing, read_url, store_error, without_password
+from cache.redis_client import (
+    ANSWER_S,
+    OPTIONS,
+    SCHEMES,
+    TRANSFER_S,
+    Clients,
+    is_passing,
+    read_url,
+    store_error,
+    without_password,
+)
 from cache.redis_store import RedisStore
 from cache.store import REDIS, open_store
 
@@ -155,6 +165,18 @@ def test_a_password_of_any_characters_is_read_and_not_shown(password: str) -> No
     store = open_store(f"redis://ranker:{password}@host")
     assert store.url == "redis://ranker:***@host"
     assert read_url(f"redis://ranker:{password}@host").options["password"] == password
+
+
+def test_questions_wait_shorter_than_what_is_large_unless_the_url_says_how_long() -> None:
+    def timeouts_s(url: str) -> list[float]:
+        clients = Clients(read_url(url))
+        pools = (client.connection_pool for client in (clients.quick, clients.bulk))
+        return [pool.connection_kwargs["socket_timeout"] for pool in pools]
+
+    for url in ("redis://host", "redis+sentinel://host/main"):
+        assert timeouts_s(url) == [ANSWER_S, TRANSFER_S]
+        assert timeouts_s(f"{url}?socket_timeout=7") == [7, TRANSFER_S]
+        assert timeouts_s(f"{url}?socket_timeout=60") == [60, 60]
 
 
 def test_an_unknown_option_names_the_nearest() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Flaky(FileStore):
         self.users_asked = 0
         self.changes_asked = 0
         self.newer: Newer | None = None  # what is said instead of what is so
+        self.newer_of: dict[str, Newer] = {}  # the same of one release
         self.kept: list[set[str]] = []  # what local copies may stay, each time some are dropped
         self.wrong_users: Path | None = None  # the table to hand out instead of the right one
         self.awaited: Awaited | None = None  # what is said of any release
@@ -62,7 +64,7 @@ class Flaky(FileStore):
     def fetch_changes(self, folder: Path, cache_dir: Path) -> Newer:
         self.changes_asked += 1
         self._may("fetch_changes")
-        return self.newer or super().fetch_changes(folder, cache_dir)
+        return self.newer_of.get(folder.name) or self.newer or super().fetch_changes(folder, cache_dir)
 
     def fetch_users(self, *arguments: Any) -> Path | None:
         self.users_asked += 1
@@ -434,6 +436,41 @@ def test_changes_that_cannot_be_had_wait_their_time_and_leave_what_serves(store:
     assert subject.ranker().release == first
 
 
+@pytest.mark.parametrize("broken", ["fetch_changes", "wait"])
+def test_a_replica_that_cannot_look_falls_behind(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    release = publish(tiny_release(tmp_path / "made"), store)
+    later_s = 0.0
+    with started(refresher(store, tmp_path)) as until:
+        until(lambda standing: serves(release)(standing) and standing.behind_s() == 0.0)
+        store.broken.add(broken)
+        until(lambda standing: standing.failures > 0)
+        monkeypatch.setattr("service.refresh.monotonic", lambda: time.monotonic() + later_s)
+        later_s = 100.0
+        until(lambda standing: standing.failures > 2 and standing.behind_s() > 99.0)
+        later_s = 0.0
+        store.broken.clear()
+        until(lambda standing: standing.failure is None and standing.behind_s() == 0.0)
+
+
+def test_users_that_cannot_be_had_hold_up_no_changes(
+    store: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cache.follow.REST", 0.0)
+    made = tiny_release(tmp_path / "made")
+    release = publish(made, store, users=False)
+    subject = refresher(store, tmp_path)
+    subject.take_over(release)
+    store.publish_users(made.users)
+    store.broken.add("fetch_users")
+    for until in (1, 2):  # it fails, then waits its time
+        embedded(store, made, until - 1, until, [100])
+        with suppress(StoreError):
+            subject.take_over(release)
+        assert subject.ranker().watermark == until
+
+
 def test_an_overlay_that_is_gone_leaves_what_serves(store: Flaky, tmp_path: Path) -> None:
     subject = refresher(store, tmp_path)
     subject.take_over(publish(tiny_release(tmp_path / "made"), store))
@@ -527,6 +564,26 @@ def test_a_canary_that_cannot_be_had_leaves_its_share_and_says_so(
     now_s[0] += retry.FIRST_PAUSE_S
     subject._try(store.live())
     assert (answering(subject), subject.standing.refused) == ({a, b}, {})
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_canary_whose_copy_went_as_it_left_is_no_failure(
+    store: Flaky, tmp_path: Path, caplog: pytest.LogCaptureFixture, ready: bool
+) -> None:
+    a, b = made_releases(store, tmp_path, 2)
+    subject = refresher(store, tmp_path)
+    subject._try(store.live())
+    store.change(canary(b, 0.5))
+    seen = store.live()
+    if ready:
+        subject._try(seen)
+        assert answering(subject) == {a, b}
+    store.change(Change(verb="abort"))
+    store.newer_of[b] = Newer(overlay=tmp_path / "7-0.snap")  # which who fetches has deleted
+    subject._try(seen)
+    assert (subject.standing.failures, subject.standing.refused, caplog.text) == (0, {}, "")
+    subject._try(store.live())
+    assert answering(subject) == {a}
 
 
 @pytest.mark.parametrize(("given", "why"), [({"ids": "string"}, "has ids of types"), ({"warmup": [{}]}, "candidates")])

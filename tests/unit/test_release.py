@@ -83,6 +83,27 @@ def test_any_change_of_a_manifest_is_found(folder: Path, old: str, new: str) -> 
         read_release(folder)
 
 
+def test_any_flipped_bit_of_a_manifest_is_found(folder: Path) -> None:
+    report = {"embed_s": 1.2345678901234567e-05, "store_s": 123.45678901234567, "by": "caf\u00e9"}
+    seal_release(folder, bundle_id=BUNDLE_ID, head=HEAD, report=report)
+    raw = (folder / RELEASE).read_bytes()
+    assert parse_release(raw, "here").report == report
+    flips = ((at, bit) for at in range(len(raw)) for bit in range(8))
+    assert [flip for flip in flips if is_read(flipped(raw, *flip))] == []
+
+
+def flipped(raw: bytes, at: int, bit: int) -> bytes:
+    return raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :]
+
+
+def is_read(raw: bytes) -> bool:
+    try:
+        parse_release(raw, "here")
+    except StoreError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "a/../../b", "..\\evil", ""])
 def test_a_file_that_leads_out_of_the_folder_is_refused(folder: Path, path: str) -> None:
     whole = json.loads((folder / RELEASE).read_text())

@@ -180,7 +180,7 @@ sanitize: $(VENV)/.setup-dev ## the kernel's tests under AddressSanitizer and Un
 
 verify: check test sanitize ## the longer tier
 
-verify-kills: $(VENV)/.setup-dev ## kill a publisher at each of its writes and at 200 moments of each store (15 minutes)
+verify-kills: $(VENV)/.setup-dev ## kill a publisher at each of its writes and at 200 moments of each store (20 minutes)
 	RANKTOWER_TEST_KILLS=all $(BIN)/python -m pytest -q -n0 tests/integration/test_kills.py
 
 openapi: $(VENV)/.setup ## write docs/openapi.json from the service

@@ -1,7 +1,8 @@
 """Publishers that die on order: at the n-th write to the store or to the disk, or after so many seconds.
 
 Run as a process of its own (`python -m tests.killing`), which imports once and forks a publisher for each order that it
-reads, a line of JSON each: {"arguments": [...], "root": folder, "event": n or null, "seconds": s or null}. It answers
+reads, a line of JSON each: {"arguments": [...], "root": folder, "event": n or null, "seconds": s or null, "copied":
+whether the disk of the store takes no links to what was built}. It answers
 {"killed": whether, "events": how many there were of each kind (none of a killed one), "seconds": s}. Kinds: `fsync`;
 `file`, what makes, opens for writing, renames or deletes below `root`; `chunk` of a folder; `command` to Redis. A chunk
 or a command may be cut in half.
@@ -9,6 +10,7 @@ or a command may be cut in half.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -43,6 +45,10 @@ class Counter:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse_link(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
 def watch(counter: Counter, root: str) -> None:
@@ -94,6 +100,8 @@ def publish(order: dict[str, Any], said: int) -> None:
     try:
         counter = Counter(order["event"])
         watch(counter, order["root"])
+        if order["copied"]:
+            os.link = refuse_link
         if order["seconds"] is not None:
             signal.setitimer(signal.ITIMER_REAL, order["seconds"])  # SIGALRM ends a process that does not expect it
         app(order["arguments"], standalone_mode=False)
@@ -130,14 +138,15 @@ def main() -> None:
 class Publishers:
     """The process that forks them, asked from a test."""
 
-    def __init__(self, process: subprocess.Popen[str], root: Path) -> None:
-        self._process, self._root = process, root
+    def __init__(self, process: subprocess.Popen[str], root: Path, *, copied: bool) -> None:
+        self._process, self._root, self._copied = process, root, copied
 
     def run(self, *arguments: str, event: int | None = None, seconds: float | None = None) -> dict[str, Any]:
         """Publish, and die on the way. Raises AssertionError where it ended with an error: see stderr."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        order = {"arguments": arguments, "root": str(self._root), "event": event, "seconds": seconds}
+        limits = {"event": event, "seconds": seconds}
+        order = {"arguments": arguments, "root": str(self._root), "copied": self._copied, **limits}
         print(json.dumps(order), file=self._process.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         assert not answer["failed"], "a publisher ended with an error"
@@ -145,12 +154,12 @@ class Publishers:
 
 
 @contextmanager
-def publishers(root: Path) -> Iterator[Publishers]:
+def publishers(root: Path, *, copied: bool = False) -> Iterator[Publishers]:
     """Ended by closing what it reads."""
     command = [sys.executable, "-m", "tests.killing"]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
-        yield Publishers(process, root)
+        yield Publishers(process, root, copied=copied)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from cache.release import (
     Artifact,
     Chunk,
     Progress,
+    Release,
     UserTable,
     check_chunk,
     check_sizes,
@@ -137,7 +138,7 @@ class FileStore:
             before, names = pointer.state, self._names()
             after = changed(before, change, names)
             for name in newly_live(before.live, after.live, change):
-                check_sizes(self._folder(name), read_release(self._folder(name)))
+                check_sizes(self._folder(name), self._release(name))
             if after == before:
                 return None
             audited = Audited.of(change.verb, by or this_user(), before.live, after.live)
@@ -173,9 +174,7 @@ class FileStore:
         with self._disk():
             folder = self._folder(release_id)
             if folder not in self._verified:
-                release = read_release(folder)
-                if release.id != release_id:
-                    raise StoreError(f"{folder} holds release {release.id}: publish {release_id} again")
+                release = self._release(release_id)
                 verify_files(folder, release, progress)
                 self._verified.add(folder)
             return folder
@@ -304,6 +303,13 @@ class FileStore:
             held = ", ".join(names[-5:]) or "nothing"
             raise UnknownRelease(f"{self.url} holds no release {release_id}, but {held}: see `ranktower releases list`")
         return self.root / "releases" / release_id
+
+    def _release(self, release_id: str) -> Release:
+        folder = self._folder(release_id)
+        release = read_release(folder)
+        if release.id != release_id:
+            raise StoreError(f"{folder} holds release {release.id} under the name {release_id}: publish it again")
+        return release
 
     def _pointer(self) -> _Pointer:
         try:

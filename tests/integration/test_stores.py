@@ -555,6 +555,22 @@ def test_damage_in_the_store_is_found_and_mended_by_publishing_again(
     assert verify_release(place.fetch(new)).id == new
 
 
+def test_a_manifest_of_another_release_is_refused(place: Place, folders: list[Path]) -> None:
+    first, second = published(place, folders[:2])
+    place.open().activate(first)
+    if place.url.startswith("file"):
+        home = Path(place.url.removeprefix("file://")) / "releases"
+        (home / second / RELEASE).write_bytes((home / first / RELEASE).read_bytes())
+    else:
+        with place.redis() as client:
+            name = f"{{{place.prefix}}}:releases"
+            client.hset(name, second, client.hget(name, first))
+    for verb in (place.open().activate, place.fetch):
+        with pytest.raises(StoreError, match=f"holds release {first} under the name {second}"):
+            verb(second)
+    assert place.open().current() == first
+
+
 def test_a_release_whose_manifest_is_damaged_is_listed_as_such_beside_the_others(
     place: Place, folders: list[Path]
 ) -> None:

@@ -26,5 +26,5 @@ def test_a_pipe_that_is_closed_tells_that_the_other_process_is_gone() -> None:
 
 
 def test_a_store_that_no_process_could_open_is_refused_before_any_starts() -> None:
-    with socket.socket() as listener, pytest.raises(StoreError, match="no store answers to 'ftp'"):
+    with socket.socket() as listener, pytest.raises(StoreError, match="no store answers to ftp:"):
         serve_workers(Settings(store="ftp://somewhere"), listener, uvicorn.Config, {})

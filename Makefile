@@ -21,7 +21,7 @@ PIP  := $(BIN)/pip --disable-pip-version-check
 RUN  := $(BIN)/ranktower
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-changes bench-swaps bench-large bench-shards bench-encode bench-train bench-releases bench-outages bench-damage bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify sanitize openapi clean
+.PHONY: help setup demo data train evaluate export publish serve refresh load up bench-service bench-memory bench-changes bench-swaps bench-large bench-shards bench-encode bench-train bench-releases bench-outages bench-damage bench-kernel bench-peers bench-plots table-models table-sampling table-losses table-distillation table-network table-cost table-context tables test check verify verify-kills sanitize openapi clean
 
 help: ## print these verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -179,6 +179,9 @@ sanitize: $(VENV)/.setup-dev ## the kernel's tests under AddressSanitizer and Un
 	  $(BIN)/python -m pytest -q -p tests.sanitized -p no:cacheprovider $(KERNEL_TESTS)
 
 verify: check test sanitize ## the longer tier
+
+verify-kills: $(VENV)/.setup-dev ## kill a publisher at each of its writes and at 200 moments of each store (20 minutes)
+	RANKTOWER_TEST_KILLS=all $(BIN)/python -m pytest -q -n0 tests/integration/test_kills.py
 
 openapi: $(VENV)/.setup ## write docs/openapi.json from the service
 	$(BIN)/python -m service.openapi docs/openapi.json

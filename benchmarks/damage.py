@@ -35,7 +35,7 @@ from cache.durable import replace_file
 from cache.file_store import CURRENT, FileStore
 from cache.redis_store import RedisStore
 from cache.release import BUNDLE, ITEMS, RELEASE, read_release, seal_release
-from cache.snapshot import read_header
+from cache.snapshot import Header
 from cache.store import ReleaseStore
 from loadtest.serving import HOST, free_port, serve_command
 from model.errors import RankTowerError
@@ -234,11 +234,8 @@ def flips(place: Place, release_id: str, points: int, rng: np.random.Generator) 
 
 def read_header_of(place: Place, release_id: str) -> dict[str, tuple[int, int]]:
     """Sections of the item table that are not empty: where each lies."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, ITEMS)
-        path.write_bytes(place.get(release_id, table_piece(place, release_id, 0)[0]))
-        sections = read_header(path).sections.items()
-        return {name: (section.offset, section.size) for name, section in sections if section.size}
+    sections = Header.unpack(Path(ITEMS), place.get(release_id, table_piece(place, release_id, 0)[0])).sections
+    return {name: (section.offset, section.size) for name, section in sections.items() if section.size}
 
 
 def table_piece(place: Place, release_id: str, at: int) -> tuple[str, int]:

@@ -142,9 +142,12 @@ def as_ids(ids: pa.Array) -> Ids:
 
 
 def check_columns(path: Path, known: list[str], id_column: str, spec: FeatureSpec) -> None:
-    """Raise DataError unless all columns that the bundle reads are there."""
+    """Raise DataError unless all columns that the bundle reads are there, once each."""
     for wanted in spec.item_fields:
-        if column_of(wanted.name, spec, id_column) not in known:
+        name = column_of(wanted.name, spec, id_column)
+        if known.count(name) > 1:
+            raise DataError(f"{path} has {known.count(name)} columns {name!r}: keep or rename one")
+        if name not in known:
             raise DataError(
                 f"{path} has no column {wanted.name!r}, which the bundle reads: {nearest(wanted.name, known)}"
             )
@@ -167,6 +170,15 @@ def encode_rows(
         return spec.encode("item", columns, table.num_rows)
     except FeatureError as error:
         raise DataError(f"{path}: column {error.field!r}: {error.detail}") from error
+
+
+def read_rows(
+    path: Path, table: pa.Table, spec: FeatureSpec, id_column: str, start: int = 0
+) -> tuple[Ids, NDArray[np.int32]]:
+    """Ids (n,), of any length and maybe the same twice, and encoded features (n, item width). Raises DataError."""
+    ids = read_ids(_Block(path, table, start), id_column)
+    check_ids(path, ids, id_column, spec)
+    return as_ids(ids), encode_rows(path, table, spec, id_column, start)
 
 
 def _distinct_ids(source: Source, name: str, shard: Shard | None) -> tuple[pa.Array, NDArray[np.bool_] | None]:

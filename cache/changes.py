@@ -12,8 +12,10 @@ behind it concern that release.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -73,6 +75,9 @@ class ChangeLog(Protocol):
 
     def position_at(self, at_ms: int) -> int:
         """A position that is not before any entry appended at or before that moment, and before all later ones."""
+
+    def now_ms(self) -> int:
+        """Unix time by the clock that entries are stamped with."""
 
     def trim(self, up_to: int) -> None:
         """Give the space back of entries at or before a position. Some may stay, none behind it goes."""
@@ -171,15 +176,36 @@ class DeadLetter:
     reason: str
 
 
-def encode_dead(letters: Sequence[DeadLetter]) -> bytes:
-    return msgspec.json.encode(letters)
+class _Dead(msgspec.Struct):
+    """Letters in a row that differ in their ids alone: a reason is long."""
+
+    bundle_id: str
+    position: int
+    reason: str
+    ids: list[int | str | None]
+
+
+def encode_dead(letters: Sequence[DeadLetter]) -> list[bytes]:
+    """Entries of the log `dead`, each far below the largest."""
+    parts = (letters[start : start + ENTRY_ROWS] for start in range(0, len(letters), ENTRY_ROWS))
+    return [msgspec.json.encode([*_grouped(part)]) for part in parts]
+
+
+def _grouped(letters: Sequence[DeadLetter]) -> Iterator[_Dead]:
+    for (bundle_id, position, reason), same in groupby(letters, attrgetter("bundle_id", "position", "reason")):
+        yield _Dead(bundle_id, position, reason, [letter.id for letter in same])
 
 
 def decode_dead(entry: Entry) -> list[DeadLetter]:
     try:
-        return msgspec.json.decode(entry.payload, type=list[DeadLetter])
+        found = msgspec.json.decode(entry.payload, type=list[_Dead])
     except msgspec.MsgspecError as error:
         raise _unknown(DEAD, entry) from error
+    return [
+        DeadLetter(bundle_id=each.bundle_id, position=each.position, id=item, reason=each.reason)
+        for each in found
+        for item in each.ids
+    ]
 
 
 def _unknown(log: str, entry: Entry) -> StoreError:
@@ -204,6 +230,8 @@ def _decode_ids(payload: bytes, offset: int) -> tuple[Ids, int]:
     start = offset + _IDS.size
     if kind == b"i":
         return np.frombuffer(payload, "<i8", count, start), start + 8 * count
+    if kind != b"s":
+        raise StoreError(f"its ids are of kind {kind!r}, neither integers nor texts: use the version that wrote it")
     sizes = np.frombuffer(payload, "<u4", count, start).astype(np.int64)
     used = 4 * count + int(sizes.sum())
     text = np.frombuffer(payload, np.uint8, used - 4 * count, start + 4 * count)
@@ -220,7 +248,7 @@ class Newer:
     overlay: Path | None = None  # a file (cache/overlay.py), None while nothing has changed behind the watermark
     looked_s: float | None = field(default=None, compare=False)  # monotonic time of the last look that succeeded
     behind_since_s: float | None = None  # since when, as found then, a change has been in the log that is not here
-    dead: int = 0  # changes behind the watermark that the bundle could not take
+    dead: int = 0  # items whose last change the bundle could not take, and entries of which it could read no item
 
 
 class Fold:
@@ -235,8 +263,9 @@ class Fold:
         self._id_type, self._pack = id_type, pack
         self._space = np.empty((0, width), np.float32 if pack is None else np.uint8)
         self._ids: list[int | str] = []  # of the rows
+        self._changed: list[int] = []  # positions, of the rows
         self._places: dict[int | str, int] = {}
-        self._deleted: dict[int | str, None] = {}
+        self._deleted: dict[int | str, int] = {}  # positions
 
     def __len__(self) -> int:
         """How many items it has something to say of."""
@@ -257,6 +286,11 @@ class Fold:
         """(m,)"""
         return _as_ids([*self._deleted], self._id_type)
 
+    def changed_at(self, item: int | str) -> int:
+        """Position of the last change of an item, 0 where there is none."""
+        place = self._places.get(item)
+        return self._deleted.get(item, 0) if place is None else self._changed[place]
+
     def add(self, entry: Embedded) -> bool:
         """Take the next entry of the bundle's log; returns False for one that does not follow what is known.
 
@@ -268,21 +302,23 @@ class Fold:
         if entry.records is None:
             for item in ids:
                 self._remove(item)
-            self._deleted.update(dict.fromkeys(ids))
+            self._deleted.update(dict.fromkeys(ids, entry.until))
         else:
             rows = entry.records if self._pack is None else self._pack(entry.records)
-            places = [self._place(item) for item in ids]
+            places = [self._place(item, entry.until) for item in ids]
             self._reserve(len(self._ids))
             self._space[places] = rows
         self.watermark = entry.until
         return True
 
-    def _place(self, item: int | str) -> int:
+    def _place(self, item: int | str, position: int) -> int:
         """The row of an item from now on."""
         self._deleted.pop(item, None)
         place = self._places.setdefault(item, len(self._ids))
         if place == len(self._ids):
             self._ids.append(item)
+            self._changed.append(position)
+        self._changed[place] = position
         return place
 
     def _remove(self, item: int | str) -> None:
@@ -290,10 +326,10 @@ class Fold:
         place = self._places.pop(item, None)
         if place is None:
             return
-        last = self._ids.pop()
+        last, changed = self._ids.pop(), self._changed.pop()
         if place < len(self._ids):
             self._space[place] = self._space[len(self._ids)]
-            self._ids[place] = last
+            self._ids[place], self._changed[place] = last, changed
             self._places[last] = place
 
     def _reserve(self, count: int) -> None:

@@ -39,6 +39,7 @@ from cache.release import (
     utc_now,
 )
 from cache.release import Progress as Report
+from cache.release import verify_release as verify_built
 from cache.rollout import Audited, Change, Live, shares_told, told
 from cache.shards import Shard, read_shard, shard_url
 from cache.snapshot import Snapshot
@@ -67,8 +68,9 @@ releases = typer.Typer(
 app.add_typer(releases, name="releases")
 users = typer.Typer(help="Publish, show and delete the user table of a bundle, by itself.", no_args_is_help=True)
 app.add_typer(users, name="users")
-console = Console(highlight=False, soft_wrap=True)
-warnings = Console(highlight=False, soft_wrap=True, stderr=True)
+# Whoever calls, paths and ids may have brackets: none is a style.
+console = Console(highlight=False, markup=False, soft_wrap=True)
+warnings = Console(highlight=False, markup=False, soft_wrap=True, stderr=True)
 
 StoreUrl = Annotated[
     str, typer.Option("--store", help="file://./folder, redis://host:port/db?prefix=name, or another of docs/stores.md")
@@ -143,15 +145,14 @@ def publish(
     kind = _wanted_index(index, before := _current(target))
     with reporting() as report:
         previous = _previous(target, before.id, cache, report) if incremental and before else None
-        contained = watermark_of(target, items, watermark)
-        options: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous}
-        options |= {"id_column": id_column, "shard": part}
+        contained = _contained(target, items, watermark)
+        wanted: dict[str, Any] = {"index": kind, "dtype": dtype, "previous": previous}
+        wanted |= {"id_column": id_column, "shard": part}
         if dry_run:
-            _plan(target, bundle, items, before, cache, progress=report, workers=workers, **options)
+            _plan(target, bundle, items, _published_users(target, bundle, cache), before, report, workers, **wanted)
             return
         target.check_writable()
-        asked = [kind, dtype, id_column, str(log), previous and before and before.id, watermark, shard]
-        order = _order(bundle, items, asked)
+        order = _order(bundle, items, [target.url, contained, log, *wanted.values()])
         with building_in(work, order) as folder:
             table = _user_table(bundle, log, folder, report) if log else None  # a wrong log is found before the work
             built = folder / "release"
@@ -160,11 +161,11 @@ def publish(
                     bundle,
                     items,
                     built,
-                    **options,
                     users=table or _published_users(target, bundle, cache),
                     watermark=contained,
                     engine=embedding,
                     progress=report,
+                    **wanted,
                 )
             sent = _send(target, built, report, owned=True)
             _catch_up(target, sent.release, cache, report)
@@ -265,7 +266,7 @@ def size(
     )
     service = Service(releases=kept, shards=shards, workers=workers, gbit=gbit)
     cost = cost_of(form, service)
-    console.print(json.dumps(cost.to_json()) if as_json else report(form, service, cost), markup=False)
+    console.print(json.dumps(cost.to_json()) if as_json else report(form, service, cost))
 
 
 @releases.command("list")
@@ -390,6 +391,8 @@ def push_release(
     """Publish a release folder that was built before, for example when the store failed after it was built."""
     target = open_store(store)
     before = _current(target)
+    built = read_release(folder)
+    check_watermark(target, built.watermark, f"release {built.id}")  # before it is there, and trims the log, too
     with reporting() as report:
         sent = _send(target, folder, report)
         _catch_up(target, sent.release, cache, report)
@@ -518,14 +521,29 @@ def _wanted_index(given: IndexKind | None, before: ReleaseInfo | None) -> IndexK
     return given or IndexKind.NONE
 
 
+def _contained(store: ReleaseStore, items: Path, given: int | None) -> int:
+    """The watermark of a release of these items, said, so that a wrong one is seen."""
+    watermark = watermark_of(store, items, given)
+    if watermark:
+        console.print(f"{items} is taken to contain the updates up to position {watermark}", markup=False)
+    return watermark
+
+
 def _plan(
-    store: ReleaseStore, bundle: Path, items: Path, before: ReleaseInfo | None, cache: Path, **options: Any
+    store: ReleaseStore,
+    bundle: Path,
+    items: Path,
+    users: Path | None,
+    before: ReleaseInfo | None,
+    report: Report,
+    workers: int | None,
+    **options: Any,
 ) -> None:
     """Say what publishing would do."""
     from cache.embed import plan_release
     from cache.size import STORE_BYTES_S
 
-    plan = plan_release(bundle, items, users=_published_users(store, bundle, cache), **options)
+    plan = plan_release(bundle, items, users=users, progress=report, workers=workers, **options)
     counts = plan.counts
     removed = f", {counts.removed:,} removed" if options["previous"] else ""
     console.print(
@@ -558,13 +576,18 @@ def _order(bundle: Path, items: Path, options: Sequence[object]) -> str:
     """What is to be built, in a line: the same from the same content and options; nothing where no items are."""
     from model.bundle import hash_file, open_bundle
 
-    return json.dumps([open_bundle(bundle).id, hash_file(items), *options]) if items.is_file() else ""
+    return json.dumps([open_bundle(bundle).id, hash_file(items), *options], default=str) if items.is_file() else ""
 
 
 def _was_built(built: Path) -> bool:
-    """Whether `building_in` has found a release that a publisher left."""
-    if built.is_dir():
-        console.print(f"taking release {read_release(built).id}, which a publisher had built that was killed")
+    """Whether `building_in` has found a release that a publisher left, every byte of it right; else it goes."""
+    if not built.is_dir():
+        return False
+    try:
+        console.print(f"taking release {verify_built(built).id}, which a publisher had built and not stored")
+    except StoreError as error:
+        console.print(f"building anew what a publisher had left: {error}")
+        shutil.rmtree(built)
     return built.is_dir()
 
 
@@ -674,7 +697,8 @@ def _current_spec(store: ReleaseStore, cache: Path) -> FeatureSpec:
     current = store.current()
     if current is None:
         raise StoreError(f"{store.url} has no current release to check the items against: publish one first")
-    return open_bundle(store.fetch_bundle(current, cache / UPDATES)).spec
+    with store.fetch_bundle(current, cache / UPDATES) as folder:
+        return open_bundle(folder).spec
 
 
 def _append(
@@ -702,29 +726,44 @@ def _append(
 
 def _embed(store: ReleaseStore, cache: Path, workers: int | None) -> None:
     """Bring the records of all live bundles up to date and say so."""
-    from cache.updater import Updater
+    from cache.updater import Updater, dead_told
 
     with Updater(store, cache / UPDATES, workers=workers, tell=_tell) as updater:
         updater.catch_up()
-    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in updater.lines.items())
-    count = len(updater.lines)
+    lines = {bundle_id: line for bundle_id, line in updater.lines.items() if bundle_id not in updater.problems}
+    places = ", ".join(f"{bundle_id} (up to position {line.at})" for bundle_id, line in lines.items())
+    count = len(lines)
     console.print(f"embedded for {count} bundle{'s' * (count != 1)}: {places}")
     if updater.dead:
-        console.print(f"{updater.dead:,} changes could not be embedded: see `ranktower update --dead`")
+        console.print(dead_told(updater.dead))
+    if updater.problems:
+        raise StoreError(f"not for every bundle: {'; '.join(updater.problems.values())}")
 
 
 def _catch_up(store: ReleaseStore, release: Release, cache: Path, report: Report) -> None:
-    """Embed the changes behind the watermark of a release, before it is activated."""
+    """Embed the changes behind the watermark of a release, before it is activated.
+
+    Raises StoreError unless all that were there at the beginning are embedded then.
+    """
     from cache.updater import Updater
 
     check_watermark(store, release.watermark, f"release {release.id}")
-    if store.log(CHANGES).last() > release.watermark:
+    end = store.log(CHANGES).last()
+    if end > release.watermark:
         with Updater(store, cache / UPDATES, only=release.bundle_id, tell=_tell) as updater:
             updater.look()
             done = 0
             while step := updater.step():
                 done += step
                 report("updates", done, done)
+        line = updater.lines.get(release.bundle_id)
+        at = max(release.watermark, line.at if line else 0)
+        if at < end or updater.problems:
+            reason = "; ".join(updater.problems.values()) or "its release is gone, or damaged"
+            raise StoreError(
+                f"release {release.id} is in the store and was not activated: the updates behind it are embedded up to "
+                f"position {at} of {end}: {reason}"
+            )
 
 
 def _follow(store: ReleaseStore, cache: Path, workers: int | None) -> None:
@@ -738,7 +777,7 @@ def _follow(store: ReleaseStore, cache: Path, workers: int | None) -> None:
 
 
 def _tell(text: str) -> None:
-    console.print(f"{utc_now().isoformat(timespec='seconds')} {text}", markup=False)
+    console.print(f"{utc_now().isoformat(timespec='seconds')} {text}")
 
 
 def _print_dead(store: ReleaseStore) -> None:
@@ -749,7 +788,7 @@ def _print_dead(store: ReleaseStore) -> None:
         for letter in (letter for entry in entries for letter in decode_dead(entry)):
             if letter not in seen:
                 place = f"position {letter.position}, bundle {letter.bundle_id}"
-                console.print(f"{letter.id}: {letter.reason} ({place})", markup=False)
+                console.print(f"{letter.id}: {letter.reason} ({place})")
                 seen.add(letter)
         position = entries[-1].position
     if not seen:
@@ -763,8 +802,8 @@ def _print_dead(store: ReleaseStore) -> None:
 def building_in(work: Path, order: str = "") -> Iterator[Path]:
     """A folder to build in; it goes when all is well, and stays when a built release could not be stored.
 
-    Its lock is free once its publisher is dead: the next one goes on with what was built to the same order, and
-    deletes what else was left. A folder that stays has no lock.
+    Its lock is free once its publisher is gone: the next one goes on with what was built to the same order, and deletes
+    what else was left. One that builds no release (no order) leaves whole ones alone.
     """
     work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -776,9 +815,9 @@ def building_in(work: Path, order: str = "") -> Iterator[Path]:
             yield folder
         except BaseException as error:
             if (folder / "release").is_dir():
-                (folder / LOCK).unlink()
                 console.print(
-                    f"the built release stays in {folder / 'release'}: store it with `ranktower releases push`"
+                    f"the built release stays in {folder / 'release'}: the same command again, or `ranktower releases "
+                    "push`, stores it; another publish deletes it"
                 )
             else:
                 _delete_build(work, folder)
@@ -798,26 +837,23 @@ def _delete_build(work: Path, folder: Path) -> None:
 
 
 def _sweep_builds(work: Path, order: str) -> Path | None:
-    """Delete what killed publishers were building, but for one that had built a whole release to this order."""
+    """Delete what publishers left that are gone, but for one that had built a whole release to this order."""
     found = None
     for folder in sorted(path for path in work.glob("release-*") if path.is_dir()):
-        if not (folder / LOCK).exists():  # a publisher died before it had one, or behind it; or the folder stays
-            if {path.name for path in folder.iterdir()} <= {ORDER, USER_TABLE}:
-                shutil.rmtree(folder)
-            continue
-        with locked_now(folder / LOCK) as dead:
-            if dead and order and found is None and _is_built(folder, order):
+        with locked_now(folder / LOCK) as gone:
+            built_to = _built_to(folder) if gone else ""
+            if gone and order and found is None and built_to == order:
                 found = folder
-            elif dead:
+            elif gone and (order or not built_to):
                 shutil.rmtree(folder)
-                console.print(f"deleted {folder}, which a publisher left that was killed")
+                console.print(f"deleted {folder}, which a publisher left")
     return found
 
 
-def _is_built(folder: Path, order: str) -> bool:
-    """A release appears in its folder when it is whole; that its bytes are right is checked when it is stored."""
+def _built_to(folder: Path) -> str:
+    """The order to which a whole release lies there, nothing where none does: it appears there when it is whole."""
     written = folder / ORDER
-    return (folder / "release").is_dir() and written.is_file() and written.read_text() == order
+    return written.read_text() if (folder / "release").is_dir() and written.is_file() else ""
 
 
 def for_users(report: Report) -> Report:

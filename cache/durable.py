@@ -85,6 +85,14 @@ def locked_now(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
+def sharing(path: Path) -> Iterator[None]:
+    """Hold the lock of a file beside others who share it; waits for who has it alone."""
+    with path.open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder itself, which needs no file that somebody could clear away; waits for its holder."""
     handle = os.open(folder, os.O_RDONLY)

@@ -102,6 +102,9 @@ class FileLog:
                     return position
             return bases[0] if bases else 0
 
+    def now_ms(self) -> int:
+        return self._clock_ms()
+
     def trim(self, up_to: int) -> None:
         """Whole files go, never the last one."""
         with self._disk(), self._writing():

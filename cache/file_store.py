@@ -40,6 +40,7 @@ from cache.release import (
     Artifact,
     Chunk,
     Progress,
+    Release,
     UserTable,
     check_chunk,
     check_sizes,
@@ -97,8 +98,8 @@ class FileStore:
 
     def __init__(self, url: str) -> None:
         place = unquote(url.removeprefix("file://"))
-        if not url.startswith("file://") or not place or "?" in place:
-            raise StoreError(f"{url}: write file://./folder or file:///folder")
+        if not url.startswith("file://") or not place.startswith(("/", ".", "~")) or "?" in place or "\0" in place:
+            raise StoreError(f"{url!r} names no folder of this machine: write file://./folder or file:///folder")
         self.url = url
         self.root = Path(place).expanduser()
         self._verified: set[Path] = set()
@@ -108,13 +109,13 @@ class FileStore:
 
     def check_writable(self) -> None:
         with self._disk():
+            with self._draft("check"):  # first: its error is the disk's own, such as that it is read-only
+                pass
             for name in ("releases", "users"):
                 folder = self.root / name
                 folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-            with self._draft("check"):
-                pass
 
     def publish(self, folder: Path, progress: Progress = no_progress, *, owned: bool = False) -> str:
         release = read_release(folder)
@@ -137,7 +138,7 @@ class FileStore:
             before, names = pointer.state, self._names()
             after = changed(before, change, names)
             for name in newly_live(before.live, after.live, change):
-                check_sizes(self._folder(name), read_release(self._folder(name)))
+                check_sizes(self._folder(name), self._release(name))
             if after == before:
                 return None
             audited = Audited.of(change.verb, by or this_user(), before.live, after.live)
@@ -173,9 +174,7 @@ class FileStore:
         with self._disk():
             folder = self._folder(release_id)
             if folder not in self._verified:
-                release = read_release(folder)
-                if release.id != release_id:
-                    raise StoreError(f"{folder} holds release {release.id}: publish {release_id} again")
+                release = self._release(release_id)
                 verify_files(folder, release, progress)
                 self._verified.add(folder)
             return folder
@@ -223,7 +222,7 @@ class FileStore:
                 write_durably(home / "current", table.id.encode())
                 for other in home.iterdir():
                     if NAME.fullmatch(other.name) and other.name != table.id:
-                        shutil.rmtree(other)
+                        _delete(other)
         return table.id
 
     def users_version(self, spec_id: str) -> str | None:
@@ -268,9 +267,12 @@ class FileStore:
 
     # --- updates
 
-    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+    @contextmanager
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Iterator[Path]:
+        """In place."""
         with self._disk():
-            return self._folder(release_id) / BUNDLE
+            folder = self._folder(release_id) / BUNDLE
+        yield folder
 
     def log(self, name: str) -> ChangeLog:
         return FileLog(self.root / name)
@@ -301,6 +303,13 @@ class FileStore:
             held = ", ".join(names[-5:]) or "nothing"
             raise UnknownRelease(f"{self.url} holds no release {release_id}, but {held}: see `ranktower releases list`")
         return self.root / "releases" / release_id
+
+    def _release(self, release_id: str) -> Release:
+        folder = self._folder(release_id)
+        release = read_release(folder)
+        if release.id != release_id:
+            raise StoreError(f"{folder} holds release {release.id} under the name {release_id}: publish it again")
+        return release
 
     def _pointer(self) -> _Pointer:
         try:
@@ -383,8 +392,7 @@ class FileStore:
                 os.replace(target, damaged)
             self._verified.discard(target)
             rename_durably(temporary, target)
-        if damaged.exists():
-            shutil.rmtree(damaged)
+        _delete(damaged)
 
     def _sweep(self) -> Names:
         """Delete what pruning and dead publishers left in tmp; returns the names of their releases."""
@@ -395,14 +403,21 @@ class FileStore:
             with locked_now(_lock_of(path)) as dead:
                 if dead:
                     swept.append(path.name.split(".")[0])
-                    if path.exists():
-                        shutil.rmtree(path)
+                    _delete(path)
                     _lock_of(path).unlink()
         return swept
 
 
 def _lock_of(draft: Path) -> Path:
     return draft.with_name(f"{draft.name}.lock")
+
+
+def _delete(path: Path) -> None:
+    """A folder, or the link to where somebody moved it by hand: what lies there is not the store's. Or nothing."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _is_whole(folder: Path, artifact: Artifact) -> bool:

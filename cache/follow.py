@@ -12,17 +12,28 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from cache.changes import CHANGES, DEAD, ChangeLog, Entry, Fold, Newer, decode_dead, decode_embedded, records_log
+from cache.changes import (
+    CHANGES,
+    DEAD,
+    ChangeLog,
+    Embedded,
+    Entry,
+    Fold,
+    Newer,
+    decode_dead,
+    decode_embedded,
+    records_log,
+)
 from cache.durable import holding, is_held
 from cache.errors import SnapshotError, StoreError, disk_error
 from cache.overlay import overlays_in, write_overlay
 from cache.release import ITEMS, read_release
-from cache.snapshot import read_header
+from cache.snapshot import may_hold, read_header
 from kernel.engine import pack
 from kernel.errors import RecordError
 from kernel.plain import ItemLayout, item_layout
@@ -75,8 +86,8 @@ class _Followed:
     told: Newer = field(default_factory=Newer)
     written: int = 0  # watermark of the overlay
     seen: int = 0  # up to which change there are records in the log, whether they follow or not
-    letters: int = 0
-    counted: int = 0  # the last change that a counted letter is of
+    lost: dict[int | str, int] = field(default_factory=dict)  # items whose last change is dead, and its position
+    unread: set[int] = field(default_factory=set)  # positions of entries of which no item could be read
     sights: deque[tuple[int, float]] = field(default_factory=deque)  # an end of `changes`, when it was seen first
     rest_until_s: float = 0.0
 
@@ -106,8 +117,7 @@ class Follower:
         if at.fold.watermark > at.written or (path is not None and not path.exists()):
             path = self._write(at, cache_dir)
             at.written = at.fold.watermark
-        _count_dead(at)
-        at.told = Newer(overlay=path, looked_s=start_s, behind_since_s=_behind_since(at), dead=at.letters)
+        at.told = Newer(overlay=path, looked_s=start_s, behind_since_s=_behind_since(at), dead=_count_dead(at))
         end_s = monotonic()
         at.rest_until_s = end_s + REST * (end_s - start_s)
         return at.told
@@ -133,7 +143,6 @@ class Follower:
             dead=_Reader(self._open_log(DEAD)),
             changes=self._open_log(CHANGES),
             written=release.watermark,
-            counted=release.watermark,
         )
 
     def _write(self, at: _Followed, cache_dir: Path) -> Path:
@@ -212,7 +221,7 @@ def _fold(at: _Followed) -> bool:
     any_new = False
     for entry in at.records.new():
         any_new = True
-        embedded = decode_embedded(entry)
+        embedded = _holdable(decode_embedded(entry))
         try:
             at.fold.add(embedded)
         except RecordError as error:
@@ -223,6 +232,18 @@ def _fold(at: _Followed) -> bool:
             ) from error
         at.seen = max(at.seen, embedded.until)
     return any_new
+
+
+def _holdable(embedded: Embedded) -> Embedded:
+    """Without ids that no table may hold: no release has such items, and they would keep all others from an overlay."""
+    fits = may_hold(embedded.ids)
+    if fits.all():
+        return embedded
+    return replace(
+        embedded,
+        ids=embedded.ids[fits],
+        records=None if embedded.records is None else embedded.records[fits],
+    )
 
 
 def _see_end(at: _Followed) -> None:
@@ -238,9 +259,14 @@ def _behind_since(at: _Followed) -> float | None:
     return at.sights[0][1] if at.sights else None
 
 
-def _count_dead(at: _Followed) -> None:
-    """Each change once, though two updaters tell of it: who tells of one has told of all before, or found them told."""
+def _count_dead(at: _Followed) -> int:
+    """Each item once, whoever tells of it and how often, until a later change mends it."""
     for entry in at.dead.new():
-        positions = [letter.position for letter in decode_dead(entry) if letter.bundle_id == at.bundle_id]
-        at.letters += sum(position > at.counted for position in positions)
-        at.counted = max(at.counted, *positions) if positions else at.counted
+        for letter in decode_dead(entry):
+            if letter.bundle_id == at.bundle_id and letter.position > at.watermark:
+                if letter.id is None:
+                    at.unread.add(letter.position)
+                else:
+                    at.lost[letter.id] = max(letter.position, at.lost.get(letter.id, 0))
+    at.lost = {item: position for item, position in at.lost.items() if at.fold.changed_at(item) <= position}
+    return len(at.lost) + len(at.unread)

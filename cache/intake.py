@@ -5,6 +5,7 @@ All columns are kept, also those that no bundle reads yet: the next one may.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from cache.catalogue import as_ids, check_ids, held_rows, open_catalogue
 from cache.changes import CHANGES, ENTRY_BYTES, ENTRY_ROWS, Deleted, Upserted, append_all, encode_change
 from cache.release import Progress, no_progress
 from cache.shards import Shard
+from cache.snapshot import MAX_ID_BYTES, may_hold
 from cache.store import ReleaseStore
-from kernel.ids import Ids
+from kernel.ids import Ids, Texts
 from model.datasets.columns import open_source, read_unique_ids
 from model.errors import DataError
 from model.features import FeatureSpec
 
 ID_COLUMN = b"ranktower_id_column"  # in the metadata of a batch
+SHOWN = 40  # characters of an id that is too long
 
 
 def append_items(
@@ -41,6 +44,7 @@ def append_items(
     the same again does no harm.
     """
     catalogue = open_catalogue(items, spec, id_column, shard)
+    _refuse_twins(items, pq.read_schema(items).names)
     done = 0
     for ids, _ in catalogue.blocks():
         done += len(ids)
@@ -50,7 +54,16 @@ def append_items(
 
 
 def append_deletes(store: ReleaseStore, ids: Ids) -> tuple[int, int]:
-    """Append the deletion of items, known or not; returns how many, and the position behind them."""
+    """Append the deletion of items, known or not; returns how many, and the position behind them.
+
+    Raises DataError for an id that no item can have.
+    """
+    wrong = np.flatnonzero(~may_hold(ids))
+    if isinstance(ids, Texts) and len(wrong):
+        shown = ids[wrong[:1]].tolist()[0][:SHOWN]
+        raise DataError(
+            f"id {shown!r} has {ids.sizes[wrong[0]]:,} bytes of UTF-8: a text id has 1 to {MAX_ID_BYTES:,}, shorten it"
+        )
     parts = (ids[start : start + ENTRY_ROWS] for start in range(0, len(ids), ENTRY_ROWS))
     return len(ids), append_all(store.log(CHANGES), (encode_change(Deleted(part)) for part in parts))
 
@@ -69,11 +82,21 @@ def parse_deleted(text: str, spec: FeatureSpec) -> Ids:
     if "" in parts:
         raise DataError(f"--delete-ids {text!r} has an empty id: write ids with commas between them")
     if spec.item_id_type == "string":
-        return as_ids(pa.array(parts, pa.large_string()))
+        try:
+            return as_ids(pa.array(parts, pa.large_string()))
+        except UnicodeEncodeError as error:
+            raise DataError(f"--delete-ids {text!r} is not UTF-8 ({error.reason}): write the ids of items") from error
     try:
-        return np.array([int(part) for part in parts], np.int64)
+        return np.array([_integer(part) for part in parts], np.int64)
     except (ValueError, OverflowError) as error:
         raise DataError(f"--delete-ids {text!r}: item ids are integers of 64 bits ({error})") from error
+
+
+def _integer(text: str) -> int:
+    """Decimal digits alone: `int` takes 1_0 for 10."""
+    if not re.fullmatch("[+-]?[0-9]+", text):
+        raise ValueError(f"{text!r} is none")
+    return int(text)
 
 
 def item_rows(items: Path, id_column: str, held: NDArray[np.bool_] | None = None) -> Iterator[bytes]:
@@ -84,6 +107,13 @@ def item_rows(items: Path, id_column: str, held: NDArray[np.bool_] | None = None
         for batch in held_rows(file, range(file.num_row_groups), None, held, batch_rows=ENTRY_ROWS):
             if batch.num_rows:
                 yield from _streams(items, batch.cast(schema), schema)
+
+
+def _refuse_twins(items: Path, names: list[str]) -> None:
+    """Of all columns: those that no bundle reads today, the next one may, and could not choose."""
+    twin = next((name for name in names if names.count(name) > 1), None)
+    if twin is not None:
+        raise DataError(f"{items} has {names.count(twin)} columns {twin!r}: keep or rename one")
 
 
 def _streams(items: Path, batch: pa.RecordBatch, schema: pa.Schema) -> Iterator[bytes]:

@@ -23,11 +23,13 @@ from cache.errors import StoreError
 from cache.parallel import in_order
 from cache.redis_client import Clients
 from cache.release import (
+    NAME,
     Artifact,
     Chunk,
     Progress,
     check_chunk,
     check_sizes,
+    lock_of,
     prepare_files,
     read_chunk,
     sha256,
@@ -111,8 +113,8 @@ class Chunks:
         `raw` is the name and content of the manifest's file. A target that is there already is verified, not fetched.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.with_name(f".{target.name}.lock")):
-            if _is_whole(target, artifact):
+        with locked(lock_of(target)):
+            if is_whole(target, artifact):
                 return
             shutil.rmtree(target, ignore_errors=True)
             draft = target.with_name(f".{target.name}.partial")
@@ -127,12 +129,17 @@ class Chunks:
         self.pipelined("UNLINK", [self.key(base, chunk) for chunk in artifact.chunks()])
 
     def names(self, kind: str) -> dict[str, list[str]]:
-        """Keys of all chunks of a kind, by the artifact that they belong to."""
+        """Keys of all chunks of a kind, by the artifact that they belong to.
+
+        What else begins like them is another store's, whose prefix goes on from this one's.
+        """
         start = f"{self._prefix}:{kind}:"
         found: dict[str, list[str]] = {}
         for raw in self._client.scan_iter(match=f"{start}*", count=1000):
             key: str = raw.decode()
-            found.setdefault(key[len(start) :].split(":")[0], []).append(key)
+            name = key[len(start) :].split(":")[0]
+            if NAME.fullmatch(name):
+                found.setdefault(name, []).append(key)
         return found
 
     @contextmanager
@@ -209,7 +216,8 @@ class Chunks:
             progress("verify", done, artifact.size_bytes)
 
 
-def _is_whole(folder: Path, artifact: Artifact) -> bool:
+def is_whole(folder: Path, artifact: Artifact) -> bool:
+    """Whether a local copy is there, every hash right."""
     if not folder.is_dir():
         return False
     try:

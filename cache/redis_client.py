@@ -13,7 +13,7 @@ import re
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, TypeVar
@@ -43,6 +43,7 @@ SENTINEL_S = 1.0  # there are others to ask
 RETRIES = 3  # of a command, after 0.1, 0.2 and 0.4 s; opening a connection has as many of its own
 RETRY_WITHIN_S = 3.0  # what took longer is not tried again: so one timeout is, by who may be in charge by then
 HEALTH_CHECK_S = 30
+MOST_SECONDS = 86_400
 ESCAPE = "write special characters of a password as %xx"
 HINTS = {  # how to write what is behind the scheme
     "redis": "redis://user:password@host:6379/0?prefix=name",
@@ -107,17 +108,31 @@ def _prefix(text: str) -> str:
     return text
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= MOST_SECONDS:  # nan neither
+        raise ValueError(f"{text!r}: use seconds above 0, {MOST_SECONDS} at most")
+    return seconds
+
+
+def _at_least(least: int, text: str) -> int:
+    number = int(text)
+    if not least <= number < 1 << 31:
+        raise ValueError(f"{text!r}: use {least} or more")
+    return number
+
+
 TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 OPTIONS: Mapping[str, Callable[[str], Any]] = {
     "prefix": _prefix,
     "sentinel_auth": _boolean,  # whether sentinels, too, want the user and password
-    "db": int,
+    "db": partial(_at_least, 0),
     "client_name": str,
-    "max_connections": int,
-    "socket_timeout": float,
-    "socket_connect_timeout": float,
+    "max_connections": partial(_at_least, 1),
+    "socket_timeout": _seconds,
+    "socket_connect_timeout": _seconds,
     "socket_keepalive": _boolean,
-    "health_check_interval": int,
+    "health_check_interval": partial(_at_least, 0),  # 0 for none
     **dict.fromkeys(TLS_FILES, str),
     "ssl_check_hostname": _boolean,
 }
@@ -188,8 +203,8 @@ def _options(query: str, shown: str) -> dict[str, Any]:
 
 
 def _node(text: str, port: int, kind: str, shown: str) -> tuple[str, int]:
-    found = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([\w.-]+))(?::(\d+))?", text)
-    if found is None:
+    found = re.fullmatch(r"(?:\[([\da-fA-F:.]+)\]|([\w.-]+))(?::(\d{1,5}))?", text)
+    if found is None or not 0 < int(found[3] or port) < 1 << 16:
         raise StoreError(f"{shown} names no host or no port: write {HINTS[kind]}; {ESCAPE}")
     return found[1] or found[2], int(found[3] or port)
 

@@ -29,6 +29,7 @@ local id
 for place = 2, #ARGV do id = redis.call('XADD', KEYS[1], '*', ARGV[1], ARGV[place]) end
 return id
 """
+NOW = "return redis.call('TIME')"
 RAISE = """
 if ARGV[1] > (redis.call('GET', KEYS[1]) or '') then
   redis.call('DEL', KEYS[1])  -- a script that has written is not refused where memory has run out: trimming frees some
@@ -80,6 +81,12 @@ class RedisLog:
         """By the server's clock."""
         return min(self.last(), max(0, at_ms + 1 << SERIAL_BITS) - 1)
 
+    def now_ms(self) -> int:
+        """Asked of the server that has the stream, whichever of a cluster that is."""
+        with self._errors():
+            seconds, microseconds = self._client.eval(NOW, 1, self._key)
+        return int(seconds) * 1_000 + int(microseconds) // 1_000
+
     def trim(self, up_to: int) -> None:
         with self._errors():
             self._clients.bulk.xtrim(self._key, minid=_id(up_to + 1), approximate=False)
@@ -106,4 +113,4 @@ def _position(identity: bytes) -> int:
 
 def _entry(identity: bytes, fields: dict[bytes, bytes]) -> Entry:
     position = _position(identity)
-    return Entry(position, position >> SERIAL_BITS, fields[FIELD])
+    return Entry(position, position >> SERIAL_BITS, fields.get(FIELD, b""))  # nothing, where another program added it

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,9 +31,10 @@ from typing import Any, NamedTuple
 from redis.exceptions import NoPermissionError, RedisClusterException, RedisError
 
 from cache.changes import ChangeLog, Newer
+from cache.durable import sharing
 from cache.errors import StoreError, UnknownRelease, disk_error
 from cache.follow import Followers
-from cache.redis_chunks import STREAMS, Chunks, Manifest
+from cache.redis_chunks import STREAMS, Chunks, Manifest, is_whole
 from cache.redis_client import ANSWER_S, Clients, is_passing, read_url, store_error
 from cache.redis_log import RedisLog
 from cache.release import (
@@ -45,6 +47,7 @@ from cache.release import (
     Release,
     UserTable,
     drop_cached,
+    lock_of,
     no_progress,
     parse_release,
     parse_users,
@@ -110,6 +113,7 @@ return doomed
 """
 
 CONTROL = ("current", "previous", "releases", "notices", "rollout", "audit")  # KEYS of all scripts
+BUNDLE_LOG = re.compile(r"([0-9a-f]{16})(:floor)?")  # else it is of a store whose prefix goes on from this one's
 CONTESTED = 100  # times that a change is made anew, because another came first
 
 Pause = Callable[[float], Any]
@@ -343,13 +347,21 @@ class RedisStore:
 
     # --- updates
 
-    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
+    @contextmanager
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Iterator[Path]:
         target = self._cache(cache_dir) / release_id
-        with self._errors():
-            release, raw = self._release(release_id)
-            part = replace(release, files=tuple(file for file in release.files if file.path.startswith(f"{BUNDLE}/")))
-            self._chunks.download(f"release:{release_id}", part, target, (RELEASE, raw), no_progress)
-        return target / BUNDLE
+        with ExitStack() as held:
+            with self._errors(cache_dir):
+                release, raw = self._release(release_id)
+                files = tuple(file for file in release.files if file.path.startswith(f"{BUNDLE}/"))
+                part = replace(release, files=files)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(sharing(lock_of(target)))
+                while not is_whole(target, part):  # not yet, or no more: another process may drop it in between
+                    held.close()
+                    self._chunks.download(f"release:{release_id}", part, target, (RELEASE, raw), no_progress)
+                    held.enter_context(sharing(lock_of(target)))
+            yield target / BUNDLE
 
     def log(self, name: str) -> ChangeLog:
         with self._errors():
@@ -359,7 +371,8 @@ class RedisStore:
         start = self._log_key(f"{kind}/")
         with self._errors():
             keys = [key.decode() for key in self._client.scan_iter(match=f"{start}*", count=1000)]
-        return sorted({f"{kind}/{key[len(start) :].split(':')[0]}" for key in keys})
+        found = (BUNDLE_LOG.fullmatch(key, len(start)) for key in keys)
+        return sorted({f"{kind}/{each[1]}" for each in found if each})
 
     def delete_log(self, name: str) -> None:
         with self._errors():

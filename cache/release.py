@@ -391,6 +391,11 @@ def verify_release(folder: Path, progress: Progress = no_progress) -> Release:
     return release
 
 
+def lock_of(copy: Path) -> Path:
+    """Held alone by who fetches or drops a copy in a cache, shared by who must find it whole."""
+    return copy.with_name(f".{copy.name}.lock")
+
+
 def drop_cached(folder: Path, keep: set[str]) -> list[str]:
     """Delete the copies in a folder whose names are not in `keep`; who has mapped their files can still read them.
 
@@ -400,7 +405,7 @@ def drop_cached(folder: Path, keep: set[str]) -> list[str]:
     cut = {path.name[1:].removesuffix(".partial") for path in folder.glob(".*.partial")}
     dropped = []
     for name in sorted((copies | cut) - keep):
-        with locked_now(folder / f".{name}.lock") as had:
+        with locked_now(lock_of(folder / name)) as had:
             for remains in (folder / name, folder / f".{name}.partial"):
                 if had and remains.is_dir():
                     shutil.rmtree(remains)

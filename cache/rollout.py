@@ -196,7 +196,10 @@ def _shadow(state: State, change: Change, names: Collection[str]) -> State:
 
 def _abort(state: State, change: Change, names: Collection[str]) -> State:
     if not state.live.rollout.releases:
-        raise RolloutRefused(f"there is no canary and no shadow to end: {state.live.current} answers alone")
+        raise RolloutRefused(
+            f"there is no canary and no shadow to end, {state.live.current or 'nothing'} is live alone: see `ranktower "
+            "releases list`"
+        )
     return replace(state, live=replace(state.live, rollout=ALONE))
 
 

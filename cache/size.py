@@ -27,10 +27,10 @@ PUBLISHER_BYTES = 350_000_000  # the process, blocks of items on their way
 PUBLISHER_ITEM_BYTES: dict[IdType, int] = {"int": 58, "string": 330}  # ids, keys, their order, buckets; texts beside
 KEPT_BY_PUBLISHER = 3  # the release, and with --incremental the one before and the one before that, until it is fetched
 KEPT_BY_REPLICA = 3  # the release, the one before, the one that is fetched
-EMBED_ITEMS_S = 409_000  # on a core, item tower of the default recipe
-BUILD_ITEMS_S = 470_000  # ids checked, features encoded, records packed, hashes; on two cores
-STORE_BYTES_S = 200e6  # sent to Redis and read back, on two cores that Redis shares
-DOWNLOAD_BYTES_S = 165e6  # from Redis, hashes checked, synced to the disk; the same
+EMBED_ITEMS_S = 480_000  # on a core, item tower of the default recipe
+BUILD_ITEMS_S = 850_000  # ids checked, features encoded, records packed, hashes; on two cores
+STORE_BYTES_S = 420e6  # sent to Redis and read back, on two cores that Redis shares
+DOWNLOAD_BYTES_S = 580e6  # from Redis, hashes checked, synced to the disk; the same
 
 DTYPE_NAMES: dict[DtypeChoice, Dtype] = {DtypeChoice.F32: "f32", DtypeChoice.F16: "f16", DtypeChoice.INT8: "int8"}
 

@@ -364,6 +364,11 @@ def as_texts(ids: Ids) -> Texts:
         ) from error
 
 
+def may_hold(ids: NDArray[Any] | Texts) -> NDArray[np.bool_]:
+    """(n,) which of these ids a table may have: texts of 1 to 1,024 bytes, any integers."""
+    return (ids.sizes > 0) & (ids.sizes <= MAX_ID_BYTES) if isinstance(ids, Texts) else np.ones(len(ids), np.bool_)
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -492,7 +497,7 @@ class SnapshotWriter:
     # --- ids and keys
 
     def _spool_texts(self, texts: Texts) -> None:
-        wrong = np.flatnonzero((texts.sizes == 0) | (texts.sizes > MAX_ID_BYTES))
+        wrong = np.flatnonzero(~may_hold(texts))
         if len(wrong):
             shown = texts[wrong[:1]].tolist()[0][:40]
             raise SnapshotError(

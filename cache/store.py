@@ -7,11 +7,12 @@ of its own, keyed by the feature specification, one version at a time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from cache.changes import ChangeLog, Newer
 from cache.errors import StoreError
@@ -154,25 +155,35 @@ class ReleaseStore(ReadableStore, Protocol):
 
     def delete_users(self, spec_id: str) -> None: ...
 
-    def fetch_bundle(self, release_id: str, cache_dir: Path) -> Path:
-        """A local folder with the bundle of a release alone. Hashes are for who opens it. `drop_cached` drops it."""
+    def fetch_bundle(self, release_id: str, cache_dir: Path) -> AbstractContextManager[Path]:
+        """A local folder with the bundle of a release alone. Hashes are for who opens it.
+
+        It is there until the block ends, whatever another process drops; `drop_cached` drops it afterwards.
+        """
 
     def log(self, name: str) -> ChangeLog:
         """The change log of that name (cache/changes.py), there once something was appended to it."""
 
     def logs(self, kind: str) -> Names:
-        """Names of all logs that begin with `kind` and a slash."""
+        """Names of all logs that are `kind`, a slash and the id of a bundle."""
 
     def delete_log(self, name: str) -> None: ...
 
 
 def open_store(url: str) -> ReleaseStore:
     """The store behind a URL. Touches neither disk nor network yet."""
-    scheme = urlsplit(url).scheme
-    if scheme not in STORES:
+    scheme, mark, _ = url.partition("://")
+    if not mark or scheme not in STORES:
         known = ", ".join(f"{name}://" for name in STORES)
-        raise StoreError(f"no store answers to {scheme or url!r}: use a URL that starts with {known}")
+        raise StoreError(f"no store answers to {_shown(scheme, mark)}: use a URL that starts with {known}")
     return STORES[scheme](url)
+
+
+def _shown(scheme: str, mark: str) -> str:
+    """What may be told of a URL that no store reads: nothing that could be a password."""
+    if re.fullmatch(r"[\w+.-]+", scheme):
+        return f"{scheme}{mark}"
+    return "this URL (not shown: it may hold a password)" if set(":@") & set(scheme) else repr(scheme)
 
 
 def _file_store(url: str) -> ReleaseStore:

@@ -16,13 +16,14 @@ READ_ENTRIES = 16  # at a time
 EXPORT_S = (
     3_600.0  # how long before its time of writing an items file may have been begun, unless something better is known
 )
+SKEW_S = 60.0  # by so much the clock of who wrote an items file may be ahead of the log's
 
 
 def watermark_of(store: ReleaseStore, items: Path, given: int | None) -> int:
     """The position up to which an items file contains the log: of an hour before it was written, unless one is given.
 
     What the file contains beyond it is applied once more; but nothing that every live release contains already. Raises
-    StoreError for one beyond the log, or one behind which entries were trimmed.
+    StoreError for one beyond the log, or one behind which entries were trimmed, and for a file from the future.
     """
     log = store.log(CHANGES)
     last = log.last()
@@ -39,18 +40,32 @@ def watermark_of(store: ReleaseStore, items: Path, given: int | None) -> int:
 
 
 def _before_export(log: ChangeLog, items: Path) -> int:
-    written_ms = items.stat().st_mtime_ns // 1_000_000
+    written_ms, now_ms = items.stat().st_mtime_ns // 1_000_000, log.now_ms()
+    if written_ms > now_ms + 1000 * SKEW_S:  # what it contains of the log cannot be known: too much is soon taken
+        raise StoreError(
+            f"{items} was written at {_time(written_ms / 1000)}, by the clock of the log it is {_time(now_ms / 1000)} "
+            "now: set the clocks and the file's time (touch), or give --watermark with the position before the export"
+        )
     contained = min(log.floor(), log.position_at(written_ms))
     return max(contained, log.position_at(written_ms - int(EXPORT_S * 1000)))
 
 
 def check_watermark(store: ReleaseStore, watermark: int, what: str) -> None:
-    """Raise StoreError where entries that `what` does not contain may be gone."""
-    floor = store.log(CHANGES).floor()
+    """Raise StoreError where entries that `what` does not contain may be gone, or its watermark is of another log.
+
+    A log only grows, so what was built for it never has a watermark beyond its end; an empty one takes 0 alone.
+    """
+    log = store.log(CHANGES)
+    floor, end = log.floor(), log.last()
     if watermark < floor:
         raise StoreError(
             f"{what} contains the changes up to position {watermark}, {store.url} has trimmed its log up to {floor}: "
             f"export the items again and publish them (with --watermark {floor} if they contain those changes)"
+        )
+    if watermark > end:
+        raise StoreError(
+            f"{what} contains the changes up to position {watermark}, the log of {store.url} ends at {end}, so it was "
+            "built for another store or that log was lost: publish the items again"
         )
 
 
@@ -80,7 +95,8 @@ def trim_changes(store: ReleaseStore) -> int | None:
     """
     raw = store.log(CHANGES)
     lowest = lowest_watermarks(store)
-    if not lowest or not raw.last():
+    end = raw.last()
+    if not lowest or not end or max(lowest.values()) > end:  # one beyond the end says nothing of this log
         return None
     raw.raise_floor(min(lowest.values()))
     for bundle_id, watermark in lowest.items():

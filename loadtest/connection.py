@@ -46,6 +46,11 @@ class Connection:
         keep = headers.get("connection", "").lower() != "close"
         return Answer(status=status, server_timing=headers.get("server-timing", ""), body=body, keep=keep)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the peer has closed it, as it does with one that was idle for long."""
+        return self._reader.at_eof()
+
     def close(self) -> None:
         """Drop the connection."""
         self._writer.close()

@@ -91,7 +91,7 @@ class _Pool:
     async def ask(self, request: bytes, on_sent: Callable[[], None]) -> Answer:
         """Send on an idle connection; `on_sent` is called when one is there and the bytes leave."""
         async with self._free:
-            connection = self._idle.pop() if self._idle else await Connection.open(self._host, self._port)
+            connection = self._kept() or await Connection.open(self._host, self._port)
             on_sent()
             try:
                 answer = await connection.ask(request)
@@ -103,6 +103,14 @@ class _Pool:
             else:
                 connection.close()
             return answer
+
+    def _kept(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.ended:
+                return connection
+            connection.close()
+        return None
 
     def close(self) -> None:
         for connection in self._idle:

@@ -21,6 +21,7 @@ CALLER = "X-RankTower-Caller"
 CALLER_LENGTH = 100
 BODY_BYTES = 4096
 VERBS: tuple[Verb, ...] = get_args(Verb)
+WITHOUT_RELEASE = ("rollback", "abort")
 SHARE_OF = {"canary": "weight", "shadow": "share"}
 
 
@@ -77,6 +78,8 @@ def read_change(verb: str, body: bytes) -> Change:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or None
         raise RequestError(f"{field or 'the body'}: {first['msg']}", field=field, remedy="see /openapi.json") from error
+    if given.release is not None and verb in WITHOUT_RELEASE:
+        raise RequestError(f"{verb} takes no release", field="release", remedy="leave it out, or use activate")
     share_of = SHARE_OF.get(verb)
     for name in ("weight", "share"):
         if getattr(given, name) is not None and name != share_of:

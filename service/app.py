@@ -37,7 +37,7 @@ from service.admin import BODY_BYTES, Admin, caller_of
 from service.admission import Admission, Permit
 from service.answers import JSON, Answer, Answerer, Limits, answer_batch, answer_rank, answer_retrieve
 from service.at_once import ARRIVED, BATCH, RANK, STATE, AtOnce
-from service.errors import BodyTooLarge
+from service.errors import BodyTooLarge, StoreFailed
 from service.live import Serving
 from service.media import ARROW_ROOM, check_encoding, form_of, is_loaded, spoken
 from service.openapi import TITLE, VERSION, describe, documented
@@ -51,6 +51,7 @@ from service.user_cache import UserCache
 MAX_SAMPLE = 100_000
 COMMA = ord(",")
 MAP_WITHIN_S = 30.0  # what lies here is mapped, tried out and warm in much less
+FEWER = "send fewer candidates a request, or raise RANKTOWER_MAX_BODY_BYTES"
 REQUEST_NS = 200_000  # what a ranking costs whatever its candidates: decoding, encoding, the user tower
 
 log = logging.getLogger(__name__)
@@ -306,25 +307,22 @@ def _most_candidates(body: bytes, form: str, enough: float) -> int:
     return most if most <= enough else int(np.count_nonzero(np.frombuffer(body, np.uint8) == COMMA))
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
+async def read_body(request: Request, limit_bytes: int, remedy: str = FEWER) -> bytes:
     """The whole body. Raises BodyTooLarge as soon as it is known to be, before reading it where it says so itself."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > limit_bytes:
-        raise _too_large(announced[:20], limit_bytes)
+        raise _too_large(announced[:20], limit_bytes, remedy)
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > limit_bytes:
-            raise _too_large(f"more than {limit_bytes}", limit_bytes)
+            raise _too_large(f"more than {limit_bytes}", limit_bytes, remedy)
         parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _too_large(size: str, limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"the body has {size} octets, this service takes {limit_bytes}",
-        remedy="send fewer candidates a request, or raise RANKTOWER_MAX_BODY_BYTES",
-    )
+def _too_large(size: str, limit_bytes: int, remedy: str) -> BodyTooLarge:
+    return BodyTooLarge(f"the body has {size} octets, this service takes {limit_bytes}", remedy=remedy)
 
 
 def _arrived_ns(scope: Scope) -> int:
@@ -447,6 +445,16 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(service.metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
+async def _of_store(call: Callable[[], Any]) -> Any:
+    """What an admin call answers. Raises StoreFailed where this process ends before the store has answered."""
+    try:
+        return await asyncio.get_running_loop().run_in_executor(None, call)
+    except asyncio.CancelledError:  # by the server, which would log a defect
+        raise StoreFailed(
+            "this service stopped before the store had answered", remedy="see what is live, and ask another replica"
+        ) from None
+
+
 def _add_admin(app: FastAPI, service: Service) -> None:
     """The calls that change what is live: never on the short way, off without a token, apart from the ranking pool."""
 
@@ -454,15 +462,14 @@ def _add_admin(app: FastAPI, service: Service) -> None:
     async def admin_releases(request: Request) -> Response:
         """What is live, how the shadow compares, and who changed what."""
         service.admin.check(request.headers.get("authorization", ""))
-        told = await asyncio.get_running_loop().run_in_executor(None, service.admin.audit)
+        told = await _of_store(service.admin.audit)
         return Response(orjson.dumps(told | {"here": service.compared()}), media_type=JSON)
 
     @app.post("/admin/releases/{verb}", **documented("admin_change"))
     async def admin_change(request: Request, verb: str) -> Response:
         """Change what is live: activate, promote, rollback, canary, shadow or abort."""
         service.admin.check(request.headers.get("authorization", ""))
-        body = await read_body(request, BODY_BYTES)
+        body = await read_body(request, BODY_BYTES, "send one change, with no more than the fields of /openapi.json")
         caller = caller_of(request.headers, request.client.host if request.client else "unknown")
-        change = partial(service.admin.change, verb, body, caller)
-        answer = await asyncio.get_running_loop().run_in_executor(None, change)
+        answer = await _of_store(partial(service.admin.change, verb, body, caller))
         return Response(orjson.dumps(answer), media_type=JSON)

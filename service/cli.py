@@ -121,8 +121,9 @@ def rank(
 
 
 def _current(store: str, cache_dir: Path) -> Ranker:
-    """The store's current release with its users."""
+    """The store's current release with its users, under what came after it."""
     from cache.errors import StoreError
+    from cache.overlay import Overlay
     from cache.store import open_store
     from service.ranker import Ranker
 
@@ -130,8 +131,14 @@ def _current(store: str, cache_dir: Path) -> Ranker:
     release = opened.current()
     if release is None:
         raise StoreError(f"{opened.url} holds no current release: run `ranktower publish --store {opened.url}`")
-    ranker = Ranker.open(opened.fetch(release, cache_dir))
-    return ranker.with_users(opened.fetch_users(ranker.spec.id, cache_dir))
+    folder = opened.fetch(release, cache_dir)
+    ranker = Ranker.open(folder)
+    ranker = ranker.with_users(opened.fetch_users(ranker.spec.id, cache_dir))
+    overlay = opened.fetch_changes(folder, cache_dir).overlay
+    if overlay is not None:
+        ranker = ranker.with_overlay(Overlay.open(overlay))
+    opened.close()  # the overlay is gone with it, and stays mapped here
+    return ranker
 
 
 def _body(json: Path | None, ranker: Ranker, **given: Any) -> bytes:
@@ -188,7 +195,7 @@ def _print(ranking: Ranking) -> None:
             *([" ".join(map(str, heads[place])) if place < len(heads) else ""] if explained else []),
         )
     console = Console(highlight=False, markup=False)  # an id in brackets is no style
-    console.print(f"release {ranking.release}{known}", soft_wrap=True)
+    console.print(f"release {ranking.release}, watermark {ranking.watermark}{known}", soft_wrap=True)
     console.print(table)
 
 

@@ -29,7 +29,7 @@ CHANGES = {
     "ranktower_watermark": "Position of the last change to the items that is served.",
     "ranktower_changed_items": "Items that are new, changed or deleted behind the release.",
     "ranktower_changes_behind_seconds": "For how long a change was not served or nobody could look for one; else 0.",
-    "ranktower_dead_changes": "Changes behind the release that its bundle could not take.",
+    "ranktower_dead_changes": "Items whose last change the bundle could not take, and entries that it could not read.",
 }
 
 SERVER_TIMING = ", ".join(f"{stage};dur=%.3f" for stage in STAGES)

@@ -118,15 +118,15 @@ def test_a_reader_goes_on_where_it_stopped_while_others_append(url: str) -> None
 
 def test_logs_are_apart_listed_and_deleted(url: str) -> None:
     store = open_store(url)
-    for name in ("changes", "records/b1", "records/b2", "dead"):
+    for name in ("changes", "records/b1b1b1b1b1b1b1b1", "records/b2b2b2b2b2b2b2b2", "dead"):
         store.log(name).append([name.encode()])
-    store.log("records/b2").raise_floor(5)
-    assert store.logs("records") == ["records/b1", "records/b2"]
-    store.delete_log("records/b2")
+    store.log("records/b2b2b2b2b2b2b2b2").raise_floor(5)
+    assert store.logs("records") == ["records/b1b1b1b1b1b1b1b1", "records/b2b2b2b2b2b2b2b2"]
+    store.delete_log("records/b2b2b2b2b2b2b2b2")
     store.delete_log("records/never")
-    assert store.logs("records") == ["records/b1"]
-    assert store.log("records/b2").read(0, 9) == []
-    assert store.log("records/b2").floor() == 0
+    assert store.logs("records") == ["records/b1b1b1b1b1b1b1b1"]
+    assert store.log("records/b2b2b2b2b2b2b2b2").read(0, 9) == []
+    assert store.log("records/b2b2b2b2b2b2b2b2").floor() == 0
     assert [entry.payload for entry in store.log("changes").read(0, 9)] == [b"changes"]
 
 
@@ -166,6 +166,13 @@ def test_a_moment_has_the_position_of_what_was_there_by_then(url: str) -> None:
     for moment in range(entries[0].at_ms - 2, entries[-1].at_ms + 3):
         behind = [entry.payload for entry in log.read(log.position_at(moment), 100)]
         assert behind == [entry.payload for entry in entries if entry.at_ms > moment]
+
+
+def test_the_clock_of_a_log_is_that_of_its_entries(url: str) -> None:
+    log = open_store(url).log("changes")
+    before = log.now_ms()
+    log.append([b"x"])
+    assert before <= log.read(0, 1)[0].at_ms <= log.now_ms()
 
 
 @pytest.mark.parametrize("payloads", [[], [b"x" * ((64 << 20) + 1)]], ids=["none", "too large"])
@@ -383,6 +390,7 @@ def test_users_of_redis_may_do_what_their_part_takes() -> None:
         log.raise_floor(position - 1)
         log.trim(position - 1)
         assert log.last() == position
+        assert log.now_ms() >= log.read(0, 9)[0].at_ms
         reader = RedisStore(f"redis://reader:password@{place}").log("changes")
         assert [entry.payload for entry in reader.read(0, 9)] == [b"second"]
         assert reader.floor() == position - 1
@@ -422,7 +430,19 @@ def test_entries_come_back_as_they_were(ids: Ids) -> None:
             np.testing.assert_array_equal(found.records, each)
     assert decode_change(Entry(1, 0, encode_change(Upserted(b"rows")))) == Upserted(b"rows")
     letters = [DeadLetter(bundle_id="b", position=9, id=item, reason="r") for item in (1, "x", None)]
-    assert decode_dead(Entry(1, 0, encode_dead(letters))) == letters
+    (payload,) = encode_dead(letters)
+    assert decode_dead(Entry(1, 0, payload)) == letters
+    many = [DeadLetter(bundle_id="b", position=9, id=item, reason=f"r{item // 3}") for item in range(2_500)]
+    payloads = encode_dead(many)
+    assert len(payloads) == 3
+    assert [letter for payload in payloads for letter in decode_dead(Entry(1, 0, payload))] == many
+    assert encode_dead([]) == []
+
+
+def test_a_reason_that_many_share_is_written_once() -> None:
+    letters = [DeadLetter(bundle_id="b", position=9, id=item, reason="r" * 500) for item in range(1_000)]
+    (payload,) = encode_dead(letters)
+    assert len(payload) < 6_000
 
 
 @pytest.mark.parametrize("decode", [decode_change, decode_embedded, decode_dead])
@@ -492,6 +512,9 @@ def test_however_entries_come_they_sum_to_the_latest_of_each_item(kinds: str, se
     known = [entry for entry in log if fold.add(entry)]
     assert fold.watermark == line[-1].until
     assert state(fold) == expected(line, watermark)
+    last = {item: entry.until for entry in line if entry.until > watermark for item in listed(entry.ids)}
+    assert {item: fold.changed_at(item) for item in [*listed(fold.ids), *listed(fold.deleted)]} == last
+    assert fold.changed_at("never") == 0
     assert [entry.until for entry in known] == sorted({entry.until for entry in known})
 
 

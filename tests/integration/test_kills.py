@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
 from redis import Redis
 
-from cache.release import verify_release
+from cache.release import read_release, verify_release
 from cache.store import open_store
 from kernel.head import HeadSpec
 from tests.catalogues import Shop, open_shop
@@ -42,8 +43,9 @@ class Line:
     publishers: Publishers
     arguments: tuple[str, ...]
     admin: Redis | None
+    copied: bool = False  # chunk by chunk into a folder
 
-    def publish(self, event: int | None = None, seconds: float | None = None) -> dict[str, float]:
+    def publish(self, event: int | None = None, seconds: float | None = None) -> dict[str, Any]:
         answer = self.publishers.run(*self.arguments, event=event, seconds=seconds)
         if self.admin is not None:
             admin = self.admin
@@ -63,6 +65,13 @@ class Line:
         store.close()
         return [info.id for info in sorted(infos, key=lambda info: not info.current)]
 
+    def chunks(self, release: str) -> int:
+        store = open_store(self.url)
+        with TemporaryDirectory(dir=self.work) as cache:
+            found = len(list(read_release(store.fetch(release, Path(cache))).chunks()))
+        store.close()
+        return found
+
     def orphans(self) -> list[str]:
         """What is there beside one whole release, after pruning."""
         store = open_store(self.url)
@@ -81,23 +90,24 @@ class Line:
         return left + [path.name for path in folder.iterdir() if path.name not in known]
 
 
-@pytest.fixture(params=["file", "redis"])
+@pytest.fixture(params=["linked", "copied", "redis"])
 def line(request: pytest.FixtureRequest, shop: Shop, tmp_path: Path) -> Iterator[Line]:
-    """One release is current already."""
+    """A folder on the disk of what was built, or on another; Redis."""
     made = ("publish", "--bundle", str(shop.bundle), "--items", str(shop.items), "--dtype", "int8", "--workers", "1")
     places = ("--work", str(tmp_path / "build"), "--cache", str(tmp_path / "cache"))
-    with publishers(tmp_path) as forked:
-        if request.param == "file":
+    copied = request.param == "copied"
+    with publishers(tmp_path, copied=copied) as forked:
+        if request.param != "redis":
             url = f"file://{tmp_path}/store"
-            yield Line(url, tmp_path, forked, (*made, *places, "--store", url), None)
+            yield Line(url, tmp_path, forked, (*made, *places, "--store", url), None, copied=copied)
             return
         with running_redis() as server, server.client() as admin:
             yield Line(server.url, tmp_path, forked, (*made, *places, "--store", server.url), admin)
 
 
 def die_and_complete(line: Line, old: str, event: int | None = None, seconds: float | None = None) -> str:
-    """Kill one publisher and let another finish; returns what is current then."""
-    line.publish(event, seconds)
+    """Kill one publisher and let another finish; returns what is current then. A moment may come after its end."""
+    assert line.publish(event, seconds)["killed"] or event is None
     seen = line.whole()
     assert len(seen) in (1, 2)  # the old one, and the new one once it is whole
     assert old in seen
@@ -110,10 +120,17 @@ def die_and_complete(line: Line, old: str, event: int | None = None, seconds: fl
 
 def test_a_publisher_dies_at_its_writes(line: Line) -> None:
     line.publish()
-    (old,) = line.whole()
-    events = int(line.publish()["events"])
+    kinds = line.publish()["events"]
     old = line.whole()[0]
+    chunks = line.chunks(old)
+    assert chunks > 3
+    assert kinds["fsync"] > 0
+    assert kinds["file"] > 20
+    assert kinds.get("chunk", 0) == (chunks if line.copied else 0)
+    if line.admin is not None:
+        assert kinds["command"] > 4 * chunks  # each is looked for, sent, and read back, the lease renewed beside it
     assert line.orphans() == []
+    events = sum(kinds.values())
     for event in range(1, events + 1, 1 if ALL else max(1, events // POINTS)):
         old = die_and_complete(line, old, event=event)
 

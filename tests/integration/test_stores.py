@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from urllib.parse import unquote
 import pytest
 from redis import Redis
 
-from cache.changes import Newer
+from cache.changes import Newer, records_log
+from cache.durable import sharing
 from cache.errors import RolloutRefused, StoreError, UnknownRelease
 from cache.file_store import FileStore
 from cache.overlay import Overlay
@@ -40,6 +42,8 @@ from cache.release import (
 from cache.rollout import NOTHING, Change, Live, Shadow, this_user, weights
 from cache.snapshot import Snapshot
 from cache.store import ReleaseStore, open_store
+from cache.watermarks import trim_changes
+from model.bundle import open_bundle
 from tests.changed import embedded, happened
 from tests.redis_server import (
     Certificates,
@@ -551,6 +555,22 @@ def test_damage_in_the_store_is_found_and_mended_by_publishing_again(
     assert verify_release(place.fetch(new)).id == new
 
 
+def test_a_manifest_of_another_release_is_refused(place: Place, folders: list[Path]) -> None:
+    first, second = published(place, folders[:2])
+    place.open().activate(first)
+    if place.url.startswith("file"):
+        home = Path(place.url.removeprefix("file://")) / "releases"
+        (home / second / RELEASE).write_bytes((home / first / RELEASE).read_bytes())
+    else:
+        with place.redis() as client:
+            name = f"{{{place.prefix}}}:releases"
+            client.hset(name, second, client.hget(name, first))
+    for verb in (place.open().activate, place.fetch):
+        with pytest.raises(StoreError, match=f"holds release {first} under the name {second}"):
+            verb(second)
+    assert place.open().current() == first
+
+
 def test_a_release_whose_manifest_is_damaged_is_listed_as_such_beside_the_others(
     place: Place, folders: list[Path]
 ) -> None:
@@ -708,6 +728,16 @@ def test_a_file_url_without_a_folder_says_how_to_write_it() -> None:
         open_store("file://")
 
 
+@pytest.mark.parametrize("place", ["localhost/tmp/x", "host/x", "var/releases", "/a%00b", "", "./a?b"])
+def test_a_file_url_names_a_folder_of_this_machine_and_no_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match=r"names no folder of this machine: write file://\./folder or file:///folder"):
+        open_store(f"file://{place}").check_writable()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_url_is_relative_or_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[Path]
 ) -> None:
@@ -763,6 +793,34 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folders: list[
     for attempt in (store.check_writable, lambda: store.publish(folders[2])):
         with pytest.raises(StoreError, match="store"):
             attempt()
+
+
+def test_a_release_that_was_moved_and_linked_is_pruned_like_any_other(tmp_path: Path, folders: list[Path]) -> None:
+    place = Place(f"file://{tmp_path}/store", tmp_path)
+    a, b, c = published(place, folders[:3])
+    for name in (a, b):
+        shutil.move(tmp_path / "store" / "releases" / name, tmp_path / name)
+        (tmp_path / "store" / "releases" / name).symlink_to(tmp_path / name)
+    assert place.fetch(a).is_dir()
+    shutil.rmtree(tmp_path / b)  # its link leads nowhere
+    assert place.open().prune(1) == [a, b]
+    assert place.open().prune(1) == []
+    assert place.leftovers() == 0
+    assert [info.id for info in place.open().list()] == [c]
+    assert verify_release(tmp_path / a).id == a, "it is not the store's"
+
+
+def test_a_disk_that_is_read_only_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(f"file://{tmp_path}/store")
+    store.check_writable()
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("cache.file_store.locked", refuse)
+    monkeypatch.setattr("cache.file_store.os.access", lambda *_: False)
+    with pytest.raises(StoreError, match=r"\.lock: Read-only file system: the disk is read-only: name a folder"):
+        store.check_writable()
 
 
 def test_a_damaged_pointer_to_the_users_says_so_and_is_mended_by_publishing(tmp_path: Path) -> None:
@@ -915,6 +973,36 @@ def test_a_cache_is_found_again_whatever_the_password(folders: list[Path], tmp_p
     assert copies[0] == copies[1]
 
 
+def test_a_bundle_that_is_being_opened_is_not_dropped_by_another_process(redis_url: str, tmp_path: Path) -> None:
+    store, other = (RedisStore(f"{redis_url}?prefix=opening") for _ in range(2))
+    name = publish(tiny_release(tmp_path / "made"), store)
+    with store.fetch_bundle(name, tmp_path / "cache") as folder, other.fetch_bundle(name, tmp_path / "cache"):
+        assert other.drop_cached(tmp_path / "cache", set()) == []
+        assert open_bundle(folder).item_tower().size
+    assert other.drop_cached(tmp_path / "cache", set()) == [name]
+    assert not folder.exists()
+
+
+def test_a_bundle_that_was_dropped_before_it_could_be_held_is_fetched_again(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = (RedisStore(f"{redis_url}?prefix=dropped") for _ in range(2))
+    name = publish(tiny_release(tmp_path / "made"), store)
+    dropped: list[list[str]] = []
+
+    @contextmanager
+    def late(path: Path) -> Iterator[None]:
+        if len(dropped) < 2:  # the first time nothing is there yet
+            dropped.append(other.drop_cached(tmp_path / "cache", set()))
+        with sharing(path):
+            yield
+
+    monkeypatch.setattr("cache.redis_store.sharing", late)
+    with store.fetch_bundle(name, tmp_path / "cache") as folder:
+        assert open_bundle(folder).item_tower().size
+    assert dropped == [[], [name]]
+
+
 def test_a_cut_download_goes_on_where_it_was(redis_url: str, large: Path, tmp_path: Path) -> None:
     place = Place(f"{redis_url}?prefix=cut", tmp_path)
     (name,) = published(place, [large])
@@ -1023,6 +1111,28 @@ def test_a_publisher_that_was_killed_sends_only_what_is_missing_when_started_aga
         assert verify_release(place.fetch(name)).id == name
     assert lies_there > read_release(large).size_bytes / 10
     assert missing <= sent < 1.01 * missing  # keys, the lease, the manifest
+
+
+@pytest.mark.parametrize("more", [":users", ":release", ":records", ":changes"])
+def test_pruning_spares_a_store_whose_prefix_goes_on_from_this_ones(
+    redis_url: str, folders: list[Path], tmp_path: Path, more: str
+) -> None:
+    ours, theirs = (RedisStore(f"{redis_url}?prefix=on{more[1:]}{end}") for end in ("", more))
+    with Redis.from_url(redis_url) as client:
+        held: list[set[bytes]] = []
+        for store in (ours, theirs):
+            store.activate(store.publish(folders[2]))
+            store.publish_users(write_users(tmp_path / f"{len(store.url)}.snap"))
+            happened(store)
+            store.log(records_log("0" * 16)).append([b"of a bundle that no release has"])
+            held.append({*client.scan_iter(f"*on{more[1:]}*")})
+        before = {key: client.dump(key) for key in held[1] - held[0]}
+        assert ours.prune(1) == []
+        trim_changes(ours)
+        assert {key: client.dump(key) for key in before} == before
+    assert records_log("0" * 16) not in ours.logs("records")
+    assert theirs.logs("records") == [records_log("0" * 16)]
+    assert verify_release(theirs.fetch(theirs.current() or "", tmp_path / "cache")).id == theirs.current()
 
 
 def test_redis_holds_little_more_than_the_bytes_of_a_release(large: Path) -> None:

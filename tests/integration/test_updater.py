@@ -22,15 +22,28 @@ import pytest
 from typer.testing import CliRunner
 
 from cache import updater as room
-from cache.changes import CHANGES, DEAD, Deleted, Embedded, Upserted, decode_dead, encode_change, encode_embedded
+from cache.changes import (
+    CHANGES,
+    DEAD,
+    Deleted,
+    Embedded,
+    Entry,
+    Upserted,
+    decode_dead,
+    decode_embedded,
+    encode_change,
+    encode_dead,
+    encode_embedded,
+)
 from cache.cli import app
 from cache.errors import StoreError
 from cache.file_store import FileStore
 from cache.follow import Follower
 from cache.intake import append_deletes, append_items, item_rows
+from cache.redis_store import RedisStore
 from cache.release import BUNDLE, ITEMS
 from cache.store import ReleaseStore, open_store
-from cache.updater import Updater, resume
+from cache.updater import Updater, read_entry, resume
 from kernel.ids import Texts
 from model.bundle import Bundle, open_bundle, seal_bundle
 from model.errors import DataError
@@ -288,7 +301,7 @@ def test_a_record_that_a_live_release_cannot_hold_is_dead(
     ids = part["item_id"].to_pylist()
     found, shown = folded(store, open_bundle(path), 0), run("update", "--dead", "--store", store.url)
     if reason:
-        assert "1 changes could not be embedded: see `ranktower update --dead`" in said
+        assert "1 change could not be embedded: see `ranktower update --dead`" in said
         assert found.ids.tolist() == [ids[0], ids[2]]
         position = store.log(CHANGES).last()
         assert f"{ids[1]}: its record holds NaN, an infinity or {reason} can" in shown
@@ -320,7 +333,7 @@ def test_what_two_updaters_find_dead_counts_once(
     with Updater(store, tmp_path / "one") as one, Updater(store, tmp_path / "other") as other:
         one.look()
         other.look()
-        for rows, counted in (([7, 31], 2), ([3], 3)):
+        for rows, counted in (([7, 31], 2), ([7, 3, 9], 3)):
             appended(store, with_price(table.slice(0, 50), rows, np.inf), tmp_path)
             for updater in (one, other):
                 assert updater.step() == 50
@@ -329,9 +342,9 @@ def test_what_two_updaters_find_dead_counts_once(
         one.step()
         appended(store, with_price(table.slice(0, 50), [2], np.inf), tmp_path)
         other.step()  # both at once
-        assert follower.bring(release, tmp_path / "cache").dead == 5
-    assert len(dead(store)) == 2 * 3 + 1 + 2
-    assert Follower(store.log).bring(release, tmp_path / "cache").dead == 5
+        assert follower.bring(release, tmp_path / "cache").dead == 1  # the others are mended
+    assert len(dead(store)) == 2 * 5 + 1 + 2
+    assert Follower(store.log).bring(release, tmp_path / "cache").dead == 1
     follower.close()
 
 
@@ -400,8 +413,172 @@ def test_an_entry_without_rows_is_dead(plain: Shop, store: FileStore, tmp_path: 
     with Updater(store, tmp_path / "cache") as updater:
         assert updater.catch_up() == 2
     assert [item for item, _ in dead(store)] == [None]
-    assert "no rows with ids" in dead(store)[0][1]
+    assert "cannot be read" in dead(store)[0][1]
     assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [5]
+
+
+def test_many_dead_changes_of_many_columns_are_written(
+    plain: Shop, store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told with all their columns for each row, they would be larger than an entry may be."""
+    monkeypatch.setattr("cache.file_log.ENTRY_BYTES", 50_000)
+    publish(store, plain.bundle, plain.items)
+    table = pq.read_table(plain.items).drop_columns(["price"])
+    for number in range(70):
+        table = table.append_column(f"another column, the {number}th of many", pa.nulls(len(table), pa.int8()))
+    store.log(CHANGES).append([stream(table.slice(start, 20)) for start in range(0, 400, 20)])
+    append_deletes(store, np.array([7]))
+    with Updater(store, tmp_path / "cache") as updater:
+        updater.catch_up()
+    assert [item for item, _ in dead(store)] == table["item_id"].to_pylist()
+    assert {len(reason) < 600 and "has no column 'price'" in reason for _, reason in dead(store)} == {True}
+    assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [7]
+
+
+def stream(table: pa.Table, id_column: str = "item_id") -> bytes:
+    """An entry of rows, as any program may append it."""
+    sink = pa.BufferOutputStream()
+    schema = pa.schema(table.schema, metadata={"ranktower_id_column": id_column})
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(table.cast(schema))
+    return b"U" + sink.getvalue().to_pybytes()
+
+
+def twin(table: pa.Table, column: str) -> pa.Table:
+    return table.append_column(column, table[column])
+
+
+def no_utf8(table: pa.Table, column: str) -> pa.Table:
+    """The column holds text that is none."""
+    wrong = pa.array([b"\xff"] * len(table), pa.binary()).view(pa.string())
+    return table.set_column(table.column_names.index(column), column, wrong)
+
+
+DELETE_5 = encode_change(Deleted(np.array([5])))
+MALFORMED: dict[str, tuple[Any, str]] = {  # of the first three rows: the entry, and what the reason says
+    "empty": (lambda _: b"", "begins with b''"),
+    "unknown": (lambda _: b"Zzzz", "begins with b'Zzzz'"),
+    "too many rows": (
+        lambda table: stream(pa.concat_tables([table] * 334)),
+        "1,002 changes in one entry, 1,000 at most",
+    ),
+    "too many ids": (lambda _: encode_change(Deleted(np.arange(5_000))), "5,000 changes in one entry, 1,000 at most"),
+    "cut rows": (lambda table: stream(table)[:-200], "cannot be read"),
+    "a column twice": (lambda table: stream(twin(table, "price")), "has 2 columns 'price'"),
+    "the ids twice": (lambda table: stream(twin(table, "item_id")), "has 2 columns 'item_id'"),
+    "no such ids": (lambda table: stream(table, "who"), "has no column"),
+    "no text": (lambda table: stream(no_utf8(table, "category")), "Invalid UTF8"),
+    "ids that are no text": (lambda table: stream(no_utf8(table, "item_id")), "Invalid UTF8"),
+    "booleans for ids": (
+        lambda table: stream(table.set_column(0, "item_id", pa.array([True] * 3))),
+        "ids are integers",
+    ),
+    "deletion, cut": (lambda _: DELETE_5[:-3], "cannot be read"),
+    "deletion, nothing": (lambda _: b"D", "cannot be read"),
+    "deletion, a kind": (lambda _: b"Dq" + DELETE_5[2:], "kind b'q'"),
+    "deletion, a text cut": (lambda _: encode_change(Deleted(Texts.of(["abcdefghi"])))[:-9], "cannot be read"),
+    "deletion, no text": (
+        lambda _: encode_change(Deleted(Texts.of(["ab"]))).replace(b"ab", b"\xffb"),
+        "cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_entry_is_dead_and_blocks_nothing(plain: Shop, store: FileStore, tmp_path: Path, name: str) -> None:
+    table = pq.read_table(plain.items)
+    made, reason = MALFORMED[name]
+    publish(store, plain.bundle, plain.items)
+    store.log(CHANGES).append([made(table.slice(0, 3))])
+    append_deletes(store, np.array([7]))
+    with Updater(store, tmp_path / "cache") as updater:
+        updater.catch_up()
+    assert dead(store)
+    assert all(reason in said for _, said in dead(store)), dead(store)
+    found = folded(store, open_bundle(plain.bundle), 0)
+    assert (found.deleted.tolist(), len(found.ids)) == ([7], 0)
+    assert found.watermark == store.log(CHANGES).last()
+    assert run("update", "--dead", "--store", store.url) != "nothing"
+    assert "published" in run("publish", "--bundle", plain.bundle, "--items", plain.items, "--store", store.url)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_damage_of_an_entry_ends_the_updater(shop: Shop, seed: int) -> None:
+    """Octets changed or cut off: what comes of it can be written to the logs and read again."""
+    rng, bundle = random.Random(seed), open_bundle(shop.bundle)
+    table = pq.read_table(shop.items).slice(0, 40)
+    ids = Texts.of(["abc", "d"]) if shop.spec.item_id_type == "string" else np.array([1, 2])
+    whole, lost = [stream(table), encode_change(Deleted(ids))], 0
+    for position in range(1, 1000):
+        payload = bytearray(whole[position % 4 == 0])
+        for _ in range(rng.choice([1, 1, 2, 5, 20])):
+            payload[rng.randrange(len(payload))] = rng.choice([0, 255, rng.randrange(256)])
+        size = rng.choice([len(payload), len(payload), rng.randrange(len(payload))])
+        read = read_entry(Entry(position, 0, bytes(payload[:size])), bundle)
+        assert [each for part in encode_dead(read.dead) for each in decode_dead(Entry(1, 0, part))] == [*read.dead]
+        made = Embedded(since=0, after=0, until=1, ids=read.ids, records=None)
+        assert decode_embedded(Entry(1, 0, encode_embedded(made))).ids.tolist() == read.ids.tolist()
+        assert read.features is None or len(read.features) == len(read.ids)
+        lost += bool(read.dead)
+    assert 100 < lost < 999
+
+
+def test_an_entry_of_another_program_is_dead(
+    plain: Shop, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = RedisStore(f"{redis_url}?prefix=foreign")
+    publish(store, plain.bundle, plain.items)
+    store._client.xadd("foreign:changes", {"who": "knows"})
+    append_deletes(store, np.array([7]))
+    with Updater(store, tmp_path / "cache") as updater:
+        updater.catch_up()
+    assert [item for item, _ in dead(store)] == [None]
+    assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [7]
+
+
+def test_rows_with_wrong_ids_are_dead_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shop = open_shop(tmp_path / "texts", items=40, string_ids=True)
+    store, table = FileStore(f"file://{tmp_path}/store"), pq.read_table(shop.items).slice(0, 5)
+    publish(store, shop.bundle, shop.items)
+    ids = ["a", "", None, "x" * 1025, "b"]
+    rows = table.set_column(0, "item_id", pa.array(ids))
+    gone = encode_change(Deleted(Texts.of(["c", "y" * 2000, "", "d!", "e"]))).replace(b"d!", b"d\xff")
+    store.log(CHANGES).append([stream(rows), gone])
+    with Updater(store, tmp_path / "cache") as updater:
+        updater.catch_up()
+    found = folded(store, open_bundle(shop.bundle), 0)
+    assert (found.ids.tolist(), found.deleted.tolist()) == (["a", "b"], ["c", "e"])
+    said = dict(dead(store))
+    assert len(dead(store)) == 6
+    assert "row 2 (from 0): is null" in said[None]
+    assert said["x" * 1024 + "..."] == "its id has 1,025 bytes: a text id has 1 to 1,024"
+    assert said["y" * 1024 + "..."] == "its id has 2,000 bytes: a text id has 1 to 1,024"
+    assert said[""] == "its id has 0 bytes: a text id has 1 to 1,024"
+    assert "its id is no text" in said["d\ufffd"]
+
+
+def test_ids_that_no_item_can_have_are_not_appended(shop: Shop, store: FileStore) -> None:
+    publish(store, shop.bundle, shop.items)
+    if shop.spec.item_id_type == "string":
+        with pytest.raises(DataError, match=r"id 'x+' has 2,000 bytes of UTF-8: a text id has 1 to 1,024"):
+            run("update", "--delete-ids", "fine," + "x" * 2000, "--store", store.url)
+        assert store.log(CHANGES).last() == 0
+    else:
+        assert "appended 2 deletions" in run("update", "--delete-ids", f"{2**63 - 1},{-(2**63)}", "--store", store.url)
+
+
+def test_a_column_that_comes_twice_is_refused_though_no_bundle_reads_it(
+    plain: Shop, store: FileStore, tmp_path: Path
+) -> None:
+    publish(store, plain.bundle, plain.items)
+    table = pq.read_table(plain.items)
+    brands = pa.array(["b"] * len(table))
+    twice = write(tmp_path / "twice.parquet", table.append_column("brand", brands).append_column("brand", brands))
+    with pytest.raises(DataError, match=r"twice.parquet has 2 columns 'brand': keep or rename one"):
+        run("update", "--items", twice, "--store", store.url)
+    assert store.log(CHANGES).last() == 0
 
 
 def test_deletions_of_another_type_of_ids_are_dead(plain: Shop, store: FileStore, tmp_path: Path) -> None:
@@ -428,6 +605,84 @@ def test_a_bundle_that_cannot_be_opened_is_told_of_once_and_others_go_on(
     assert len(said) == 1
     assert "item.onnx has changed since export" in said[0]
     assert folded(store, open_bundle(plain.bundle), 0).deleted.tolist() == [1]
+
+
+def test_a_bundle_that_fails_while_embedding_is_told_of_once_and_others_go_on(
+    plain: Shop, other: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of both it is, and whatever it raises; it goes on once it can."""
+    store, bundles = open_store(url), [open_bundle(plain.bundle), open_bundle(other)]
+    publish(store, plain.bundle, plain.items)
+    publish(store, other, plain.items)
+
+    def fail(*_: object) -> int:
+        raise RuntimeError("no room")
+
+    said: list[str] = []
+    with Updater(store, tmp_path / "cache", tell=said.append) as updater:
+        updater.look()
+        for bad, good in (bundles, bundles[::-1]):
+            with monkeypatch.context() as patched:
+                patched.setattr(updater.lines[bad.id].records, "append", fail)
+                for _ in range(2):
+                    _, position = append_deletes(store, np.array([1]))
+                    assert updater.catch_up() == 1
+                assert until(store, good) == position
+                assert updater.problems == {bad.id: said[-1]}
+            assert updater.catch_up() == 2
+            assert until(store, bad) == position
+            assert not updater.problems
+    assert said == [f"bundle {bad.id} gets no updates: RuntimeError('no room')" for bad in bundles]
+
+
+def test_run_tells_that_changes_are_dead(
+    plain: Shop, store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in a while, whatever comes."""
+    publish(store, plain.bundle, plain.items)
+    table, said, stopping = pq.read_table(plain.items), [], Event()
+    with Updater(store, tmp_path / "cache", tell=said.append) as updater:
+        thread = Thread(target=updater.run, args=(stopping,))
+        thread.start()
+        try:
+            for rows in ([1, 2], [3]):
+                appended(store, with_price(table.slice(0, 9), rows, np.inf), tmp_path)
+                eventually(lambda: until(store, open_bundle(plain.bundle)) == store.log(CHANGES).last())
+        finally:
+            stopping.set()
+            thread.join()
+    assert said == ["2 changes could not be embedded: see `ranktower update --dead`"]
+
+
+@pytest.mark.parametrize("how", ["opening", "embedding"])
+def test_a_release_is_not_activated_without_the_updates_behind_it(
+    plain: Shop, other: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    store = open_store(url)
+    before = publish(store, plain.bundle, plain.items)
+    run("update", "--delete-ids", pq.read_table(plain.items)["item_id"][0].as_py(), "--store", url)
+    end = store.log(CHANGES).last()
+
+    def fail(*_: object, **__: object) -> None:
+        raise StoreError("no room: make some")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "open_bundle" if how == "opening" else "encode_embedded", fail)
+        message = (
+            rf"was not activated: .* up to position \d+ of {end}: bundle {open_bundle(other).id} .*no room: make some"
+        )
+        with pytest.raises(StoreError, match=message):
+            publish(store, other, plain.items)
+        assert store.current() == before
+        (built,) = (tmp_path / "var" / "build").glob("release-*/release")
+        with pytest.raises(StoreError, match=message):
+            run("releases", "push", built, "--store", url)
+        assert store.current() == before
+        with pytest.raises(StoreError, match=r"not for every bundle: bundle .* gets no updates: no room: make some"):
+            run("update", "--delete-ids", 5, "--store", url)
+    assert "current, was" in run("releases", "push", built, "--store", url)
+    found = folded(store, open_bundle(other), watermark_of(store, store.current() or ""))
+    assert found.watermark == store.log(CHANGES).last() > end
 
 
 # --- the verb --------------------------------------------------------------------------------------------------------

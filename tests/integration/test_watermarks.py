@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 import random
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from cache import file_log
-from cache.changes import CHANGES, DEAD, DeadLetter, encode_dead
+from cache.changes import CHANGES, DEAD, DeadLetter, encode_dead, records_log
 from cache.cli import app
 from cache.errors import StoreError
 from cache.intake import append_deletes
 from cache.release import seal_release
 from cache.store import ReleaseStore, open_store
 from cache.updater import Updater
-from cache.watermarks import EXPORT_S, check_watermark, lowest_watermarks, trim_changes, watermark_of
+from cache.watermarks import EXPORT_S, SKEW_S, check_watermark, lowest_watermarks, trim_changes, watermark_of
 from tests.redis_server import redis_server
 from tests.tiny_releases import TinyRelease, tiny_release
 from tests.updates import embedded, folded
@@ -69,8 +72,9 @@ def run(*arguments: object) -> str:
 
 
 def test_an_items_file_contains_what_was_appended_before_it_can_have_been_begun(
-    store: ReleaseStore, tmp_path: Path
+    store: ReleaseStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cache.watermarks.SKEW_S", 2 * EXPORT_S)  # so that moments of hours to come are tried here
     items = tmp_path / "items.parquet"
     items.touch()
     assert watermark_of(store, items, None) == 0  # no log
@@ -81,6 +85,34 @@ def test_an_items_file_contains_what_was_appended_before_it_can_have_been_begun(
         os.utime(items, (moment, moment))
         watermark = watermark_of(store, items, None)
         assert len(store.log(CHANGES).read(watermark, 9)) == 3 - after
+
+
+def test_an_items_file_from_the_future_is_refused(store: ReleaseStore, tmp_path: Path) -> None:
+    """A clock that is ahead: what was changed since the export would be taken for contained in it."""
+    items = tmp_path / "items.parquet"
+    items.touch()
+    ahead = time.time() + 3 * 3600
+    os.utime(items, (ahead, ahead))
+    assert watermark_of(store, items, None) == 0  # no log, nothing to lose
+    (position,) = deleted(store, 1)
+    with pytest.raises(
+        StoreError, match=r"items.parquet was written at .*, by the clock of the log it is .* --watermark"
+    ):
+        watermark_of(store, items, None)
+    assert watermark_of(store, items, position) == position
+    os.utime(items, (time.time() + SKEW_S / 2,) * 2)
+    assert watermark_of(store, items, None) < position
+
+
+def test_a_publish_says_what_its_items_are_taken_to_contain(
+    store: ReleaseStore, releases: list[TinyRelease], tmp_path: Path
+) -> None:
+    (position,) = deleted(store, 1)
+    items = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"item_id": [1, 2], "price": [1.0, 2.0]}), items)
+    bundle = releases[0].folder / "bundle"
+    said = run("publish", "--bundle", bundle, "--items", items, "--store", store.url, "--watermark", position)
+    assert f"items.parquet is taken to contain the updates up to position {position} " in said
 
 
 def test_a_given_watermark_lies_in_the_log(store: ReleaseStore, tmp_path: Path) -> None:
@@ -142,6 +174,38 @@ def test_what_comes_too_late_is_neither_pushed_nor_activated(store: ReleaseStore
     run("releases", "activate", current, "--store", store.url)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_release_of_another_store_is_neither_pushed_nor_activated(
+    store: ReleaseStore, releases: list[TinyRelease], count: int
+) -> None:
+    """Nor one of a log that was lost: what it lacks cannot be told from positions that mean nothing here."""
+    end = [0, *deleted(store, count)][-1]
+    release = releases[0]
+    seal_release(release.folder, bundle_id=release.bundle.id, head=release.head, watermark=end + 1)
+    refusal = f"up to position {end + 1}, the log of .* ends at {end}, so .*: publish the items again"
+    with pytest.raises(StoreError, match=refusal):
+        run("releases", "push", release.folder, "--store", store.url)
+    assert store.list() == []
+    foreign = store.publish(release.folder)
+    for verb in (("activate", foreign), ("canary", foreign, "--weight", 0.1), ("shadow", foreign, "--share", 0.1)):
+        with pytest.raises(StoreError, match=refusal):
+            run("releases", *verb, "--store", store.url)
+    assert store.current() is None
+    check_watermark(store, end, "the end")
+
+
+def test_a_release_that_was_built_while_the_log_went_on_is_pushed(
+    store: ReleaseStore, releases: list[TinyRelease], tmp_path: Path
+) -> None:
+    (end,) = deleted(store, 1)
+    release = releases[0]
+    seal_release(release.folder, bundle_id=release.bundle.id, head=release.head, watermark=end)
+    deleted(store, 3, start=1)
+    run("releases", "push", release.folder, "--store", store.url, "--cache", tmp_path / "cache")
+    assert store.current() == store.list()[0].id
+    assert set(folded(store, release.bundle, end).deleted.tolist()) == {1, 2, 3}
+
+
 # --- trimming --------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +218,14 @@ def test_nothing_is_trimmed_without_releases_or_without_a_log(store: ReleaseStor
     assert name == store.list()[0].id
 
 
+def test_a_release_of_another_store_trims_nothing(store: ReleaseStore, releases: list[TinyRelease]) -> None:
+    positions = deleted(store, 2)
+    published(store, releases[0], positions[-1] + 1)
+    assert trim_changes(store) is None
+    assert store.log(CHANGES).floor() == 0
+    check_watermark(store, 0, "what is published next")
+
+
 def test_the_lowest_watermark_bounds_every_log(
     store: ReleaseStore, releases: list[TinyRelease], tmp_path: Path
 ) -> None:
@@ -164,8 +236,8 @@ def test_the_lowest_watermark_bounds_every_log(
         updater.catch_up()
     letters = [DeadLetter(bundle_id="b", position=position, id=1, reason="r") for position in positions]
     for letter in letters:
-        store.log(DEAD).append([encode_dead([letter])])
-    store.log("records/gone").append([b"of a bundle that no release has"])
+        store.log(DEAD).append(encode_dead([letter]))
+    store.log(records_log("0" * 16)).append([b"of a bundle that no release has"])
     said = run("releases", "prune", "--keep", 9, "--store", store.url)
     assert said == (
         f"nothing to delete trimmed the log of updates up to position {positions[9]}, which every release contains"
@@ -202,7 +274,7 @@ def test_a_release_published_during_a_trim_is_either_spared_or_refused(
             calls += 1
             return whole(self)
 
-        store.log("records/gone").append([b"whose deletion is another call"])
+        store.log(records_log("0" * 16)).append([b"whose deletion is another call"])
         with monkeypatch.context() as patched:
             patched.setattr(type(store), "list", between)
             trim_changes(store)

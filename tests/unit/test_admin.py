@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import httpx
 import pytest
 
 from cache.file_store import FileStore
-from service.admin import caller_of, read_change
+from service.admin import Admin, caller_of, read_change
+from service.app import create_app
 from service.errors import RequestError
 from service.live import slot_of
 from service.schema import AdminAnswer, ChangeAnswer, Ready, ReleaseAnswer
+from service.settings import Settings
 from tests.services import Running, running
 from tests.tiny_releases import TinyRelease, publish, tiny_release
 
@@ -134,6 +138,8 @@ def test_what_is_live_and_how_it_came_about_is_told(service: Running, names: lis
         ("canary", {"releases": "r"}, 422, "invalid-request", "releases"),
         ("canary", {"release": "r", "share": 0.1}, 422, "invalid-request", "takes no share"),
         ("promote", {"weight": 0.1}, 422, "invalid-request", "takes no weight"),
+        ("rollback", {"release": "r"}, 422, "invalid-request", "rollback takes no release"),
+        ("abort", {"release": "r"}, 422, "invalid-request", "abort takes no release"),
         ("explode", {}, 422, "invalid-request", "is no verb"),
         ("canary", {"release": "r" * 5000}, 413, "body-too-large", "octets"),
     ],
@@ -142,6 +148,52 @@ def test_a_call_that_makes_no_sense_is_refused(
     service: Running, verb: str, body: dict[str, Any], status: int, kind: str, said: str
 ) -> None:
     assert re.search(said, problem(call(service, verb, **body), status, kind)["detail"])
+
+
+def test_a_body_that_is_too_large_names_the_remedy_of_this_call(service: Running) -> None:
+    remedy = problem(call(service, "canary", release="r" * 5000), 413, "body-too-large")["remedy"]
+    assert remedy == "send one change, with no more than the fields of /openapi.json"
+
+
+def test_nothing_to_end_has_a_remedy(service: Running, names: list[str]) -> None:
+    document = problem(call(service, "abort"), 409, "change-refused")
+    assert document["detail"] == f"there is no canary and no shadow to end, {names[0]} is live alone"
+    assert document["remedy"] == "see `ranktower releases list`"
+
+
+def test_a_call_that_is_cut_off_at_the_end_is_no_defect(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server cancels what has not ended in time."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def audit(admin: Admin) -> dict[str, Any]:
+        asked.set()
+        answered.wait(60)
+        return {}
+
+    monkeypatch.setattr(Admin, "audit", audit)
+    app = create_app(Settings(admin_token=TOKEN), store)
+
+    async def cut_off() -> int:
+        heard: list[dict[str, Any]] = []
+        scope = {"type": "http", "method": "GET", "path": "/admin/releases", "query_string": b"", "app": app}
+        headers = [(b"authorization", f"Bearer {TOKEN}".encode())]
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            heard.append(message)
+
+        answering = asyncio.ensure_future(app({**scope, "headers": headers}, receive, send))
+        await asyncio.get_running_loop().run_in_executor(None, asked.wait, 60)
+        answering.cancel()
+        try:
+            await answering
+        finally:
+            answered.set()
+        return int(heard[0]["status"])
+
+    assert asyncio.run(cut_off()) == 503
 
 
 def test_a_store_that_cannot_be_written_is_told(service: Running, store: FileStore, names: list[str]) -> None:

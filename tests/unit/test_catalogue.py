@@ -52,6 +52,17 @@ def ids_with(shop: Shop, row: int, value: int | None) -> list[int | None]:
     return column
 
 
+def test_a_column_that_the_bundle_reads_and_that_comes_twice_is_named(plain: Shop, tmp_path: Path) -> None:
+    table = pq.read_table(plain.items)
+    pq.write_table(
+        table.append_column("unread", table["price"]).append_column("unread", table["price"]), tmp_path / "a"
+    )
+    open_catalogue(tmp_path / "a", plain.spec)
+    pq.write_table(table.append_column("price", table["price"]), tmp_path / "b")
+    with pytest.raises(DataError, match=r"b has 2 columns 'price': keep or rename one"):
+        open_catalogue(tmp_path / "b", plain.spec)
+
+
 def test_wrong_rows_are_named_by_file_column_and_row(
     plain: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from cache.file_store import FileStore
+from cache.rollout import Change
 from service.cli import main
+from tests.changed import embedded, happened
 from tests.tiny_releases import publish, tiny_release
 
 
@@ -41,6 +43,21 @@ def test_rank_prints_a_table_without_a_server(
     assert printed.splitlines()[0].endswith(", user known")
     assert "item heads" in printed
     assert "unknown" in printed.splitlines()[-1]
+
+
+def test_rank_answers_with_what_came_after_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, made = FileStore(f"file://{tmp_path}/store"), tiny_release(tmp_path / "made")
+    release = publish(made, store)
+    end = happened(store)
+    embedded(store, made, 0, end, [100])
+    arguments = ["--store", store.url, "--candidates", "100,101", "--cache-dir", str(tmp_path / "cache")]
+    assert ranktower(monkeypatch, "rank", *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"release {release}, watermark {end}"
+    assert lines[-1].split()[1:] == ["100", "unknown"]
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_rank_shows_heads_only_where_asked_for(
@@ -91,6 +108,36 @@ def test_a_store_without_a_release_says_how_to_publish(
 ) -> None:
     assert ranktower(monkeypatch, "rank", "--store", f"file://{tmp_path}", "--candidates", "1") == 2
     assert "ranktower publish --store" in capsys.readouterr().err
+
+
+BRACKETS = ("[/red]x", "[black on black]", "[conceal]", "[bold")
+
+
+@pytest.mark.parametrize("who", BRACKETS)
+def test_the_trail_shows_who_as_he_called_himself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], who: str
+) -> None:
+    store = FileStore(f"file://{tmp_path}/store")
+    a, b = (publish(tiny_release(tmp_path / str(k), seed=k), store, activate=k == 0) for k in range(2))
+    store.change(Change(verb="activate", release=b), by=f"{who}@127.0.0.1 by admin call")
+    assert ranktower(monkeypatch, "releases", "audit", "--store", store.url) == 0
+    assert f" {who}@127.0.0.1 by admin call activate: {a} 100 % -> {b} 100 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", BRACKETS)
+def test_paths_and_urls_with_brackets_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = tmp_path / name
+    release = tiny_release(tmp_path / "made").folder
+    url = f"file://{folder}/store"
+    assert ranktower(monkeypatch, "releases", "push", str(release), "--store", url, "--cache", str(folder)) == 0
+    assert f" to {url}: 60 items" in capsys.readouterr().out
+    (folder / "store" / "releases" / "20260101T000000000-0123456789ab").mkdir()
+    assert ranktower(monkeypatch, "releases", "list", "--store", url) == 0
+    assert (
+        f"damaged: {folder}/store/releases/20260101T000000000-0123456789ab is not a release" in capsys.readouterr().out
+    )
 
 
 VERBS = [

@@ -18,6 +18,7 @@ from cache.durable import (
     locked_now,
     rename_durably,
     replace_file,
+    sharing,
     sync_tree,
     write_durably,
 )
@@ -77,6 +78,13 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         holder.send_signal(signal.SIGKILL)
     with locked(tmp_path / "lock"):
         pass
+
+
+def test_a_lock_that_is_shared_keeps_out_who_wants_it_alone(tmp_path: Path) -> None:
+    with sharing(tmp_path / "lock"), sharing(tmp_path / "lock"), locked_now(tmp_path / "lock") as had:
+        assert not had
+    with locked_now(tmp_path / "lock") as had:
+        assert had
 
 
 def test_a_folder_is_held_as_long_as_its_holder_lives(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from cache import follow
-from cache.changes import CHANGES, DEAD, DeadLetter, Newer, encode_dead, records_log
+from cache.changes import CHANGES, DEAD, DeadLetter, Embedded, Newer, encode_dead, encode_embedded, records_log
 from cache.durable import holding, is_held
 from cache.errors import SnapshotError, StoreError
 from cache.file_store import FileStore
 from cache.follow import KEPT, PREFIX, Follower
 from cache.overlay import Overlay
 from cache.release import seal_release
+from kernel.ids import Texts
 from tests.changed import embedded, happened, records_of
 from tests.tiny_releases import TinyRelease, tiny_release
 
@@ -153,12 +154,38 @@ def test_dead_changes_of_the_bundle_are_counted(
 ) -> None:
     seal_release(made.folder, bundle_id=made.bundle.id, head=made.head, watermark=5)
     letters = [
-        DeadLetter(bundle_id=bundle, position=position, id=1, reason="r")
-        for bundle, position in ((made.bundle.id, 6), (made.bundle.id, 5), ("other", 7), (made.bundle.id, 8))
+        DeadLetter(bundle_id=bundle, position=position, id=item, reason="r")
+        for bundle, position, item in (
+            (made.bundle.id, 6, 1),
+            (made.bundle.id, 5, 2),  # the release has it otherwise
+            ("other", 7, 3),
+            (made.bundle.id, 8, 1),
+            (made.bundle.id, 8, None),
+            (made.bundle.id, 9, None),
+        )
     ]
-    store.log(DEAD).append([encode_dead(letters)])
     for _ in range(2):
-        assert subject.bring(made.folder, tmp_path).dead == 2
+        store.log(DEAD).append(encode_dead(letters))
+        assert subject.bring(made.folder, tmp_path).dead == 1 + 2
+
+
+def test_a_dead_change_that_a_later_one_mends_counts_no_more(
+    store: FileStore, subject: Follower, made: TinyRelease, tmp_path: Path
+) -> None:
+    """Also where the letter is read after the change that mends it, as that of a second, slower updater is."""
+    letters = [DeadLetter(bundle_id=made.bundle.id, position=3, id=item, reason="r") for item in (100, 101, 102)]
+    store.log(DEAD).append(encode_dead(letters))
+    embedded(store, made, 0, 3, [103], 1.0)
+    assert subject.bring(made.folder, tmp_path).dead == 3
+    embedded(store, made, 3, 5, [100], 1.0)
+    assert subject.bring(made.folder, tmp_path).dead == 2
+    embedded(store, made, 5, 7, [101])
+    store.log(DEAD).append(encode_dead(letters))
+    assert subject.bring(made.folder, tmp_path).dead == 1
+    store.log(DEAD).append(encode_dead([DeadLetter(bundle_id=made.bundle.id, position=9, id=100, reason="r")]))
+    embedded(store, made, 7, 9, [])
+    assert subject.bring(made.folder, tmp_path).dead == 2
+    assert Follower(store.log).bring(made.folder, tmp_path / "another").dead == 2
 
 
 def test_a_record_that_cannot_be_served_is_named_and_what_was_there_stays(
@@ -172,6 +199,23 @@ def test_a_record_that_cannot_be_served_is_named_and_what_was_there_stays(
         with pytest.raises(SnapshotError, match=rf"the record of item 101 in the log of bundle {made.bundle.id}"):
             subject.bring(made.folder, tmp_path)
     assert state(first) == (set(), {100}, 2)
+
+
+def test_ids_that_no_table_may_hold_are_passed_over(store: FileStore, tmp_path: Path) -> None:
+    """One of them must not keep all others from the replica, for ever."""
+    made = tiny_release(tmp_path / "made", ids="string")
+    records, log = records_of(made, ["a", "b"], 1.0), store.log(records_log(made.bundle.id))
+    for after, ids, what in ((0, ["item-1", "x" * 2000], None), (3, ["", "new"], records)):
+        entry = Embedded(since=0, after=after, until=after + 3, ids=Texts.of(ids), records=what)
+        log.append([encode_embedded(entry)])
+    subject = Follower(store.log)
+    overlay = opened(subject.bring(made.folder, tmp_path))
+    assert overlay.items.ids()[: overlay.held].tolist() == ["new"]
+    assert overlay.items.ids()[overlay.held :].tolist() == ["item-1"]
+    assert overlay.watermark == 6
+    row = overlay.items.lookup(["new"])
+    found = overlay.items.table(made.head, made.bundle.graph()).records(row)
+    np.testing.assert_allclose(found, records[1:], rtol=1e-6)
 
 
 def test_an_overlay_that_could_not_be_written_is_written_the_next_time(

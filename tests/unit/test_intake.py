@@ -109,6 +109,10 @@ def test_ids_to_delete_are_read_from_a_file_or_a_line(tmp_path: Path) -> None:
         ("1,,2", tiny_spec("int"), "has an empty id"),
         ("1,x", tiny_spec("int"), "item ids are integers of 64 bits"),
         (f"{2**63}", tiny_spec("int"), "item ids are integers of 64 bits"),
+        ("1_0", tiny_spec("int"), "item ids are integers of 64 bits .'1_0' is none"),
+        ("\u0661", tiny_spec("int"), "item ids are integers of 64 bits"),
+        ("9" * 5000, tiny_spec("int"), "item ids are integers of 64 bits"),
+        ("a,\udcff", tiny_spec("string"), "is not UTF-8"),
     ],
 )
 def test_a_line_of_ids_that_cannot_be_read_is_refused(text: str, spec: FeatureSpec, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from loadtest import slo
 from loadtest.corpus import Sample, Traffic, build_corpus, candidate_counts, fetch_sample, user_picks
 from loadtest.errors import LoadTestError, ObjectiveError, SampleError, ServingError
-from loadtest.open_loop import Exchange, Limits, Schedule, invalid, run_open_loop
+from loadtest.open_loop import Exchange, Limits, Schedule, _Pool, invalid, run_open_loop
 from loadtest.report import (
     Report,
     Row,
@@ -278,6 +279,29 @@ def test_an_absent_service_is_a_failure_of_every_request_and_an_invalid_run() ->
     report = run_open_loop(url, BODIES, Schedule(rate=50, seconds=0.1), release="r1")
     assert sum(report.failures.values()) == 5
     assert invalid(report) is not None
+
+
+def test_a_connection_that_the_service_closed_while_idle_is_not_used_again() -> None:
+    served: list[asyncio.StreamWriter] = []
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(writer)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+        async with server, asyncio.timeout(10):
+            pool = _Pool("127.0.0.1", server.sockets[0].getsockname()[1], limit=2)
+            for _ in range(2):
+                assert (await pool.ask(b"GET / HTTP/1.1\r\n\r\n", lambda: None)).keep
+                while not pool._idle[-1].ended:
+                    await asyncio.sleep(0.001)
+            pool.close()
+
+    asyncio.run(run())
+    assert len(served) == 2
 
 
 def test_an_open_loop_tells_of_every_request_until_that_is_enough() -> None:

@@ -100,10 +100,20 @@ def test_user_and_password_are_read_as_written(written: str, user: str | None, p
         "redis+cluster://a,,b",
         "redis+sentinel://host",
         "redis+sentinel://host/main/zero",
+        "redis://host:0",
+        "redis://host:65536",
+        "redis://host?db=-1",
+        *(f"redis://host?socket_timeout={wrong}" for wrong in ("-1", "0", "nan", "inf", "1e300")),
+        "redis://host?socket_connect_timeout=-1",
+        "redis://host?max_connections=0",
+        "redis://host?health_check_interval=-1",
     ],
 )
 def test_a_wrong_url_says_how_to_write_it(url: str) -> None:
-    with pytest.raises(StoreError, match=r"write |use letters|could not convert|neither yes nor no"):
+    with pytest.raises(
+        StoreError,
+        match=r"write |use letters|use seconds above 0|use [01] or more|could not convert|neither yes nor no",
+    ):
         open_store(url)
 
 
@@ -126,6 +136,35 @@ def test_a_url_that_cannot_be_read_is_refused_without_its_password(url: str) -> 
         open_store(url)
     assert "cret" not in str(caught.value)
     assert without_password(url).startswith(url.split("://")[0] + "://")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis:ranker:secret@host",
+        ":secret@host",
+        "secret@host",
+        "//ranker:secret@host",
+        "redis//ranker:secret@host",
+        "REDIS//:secret@host",
+        "ranker:secret@redis://host",
+        "REDIS://ranker:secret@host",
+        "http://ranker:secret@host",
+    ],
+)
+def test_what_is_no_url_of_a_store_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(
+        StoreError, match=r"no store answers to .*: use a URL that starts with file://, redis://"
+    ) as caught:
+        open_store(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", ["s\u2100cret", "s[cret", "s]cret", "s[c]ret", "s\u2488cret", "s cret"])
+def test_a_password_of_any_characters_is_read_and_not_shown(password: str) -> None:
+    store = open_store(f"redis://ranker:{password}@host")
+    assert store.url == "redis://ranker:***@host"
+    assert read_url(f"redis://ranker:{password}@host").options["password"] == password
 
 
 def test_questions_wait_shorter_than_what_is_large_unless_the_url_says_how_long() -> None:

@@ -397,11 +397,11 @@ def test_changes_are_served_within_one_swap_of_the_ranker(
 def test_a_started_refresher_follows_changes_and_counts_the_dead(store: Flaky, tmp_path: Path) -> None:
     made = tiny_release(tmp_path / "made")
     release = publish(made, store)
-    letter = DeadLetter(bundle_id=made.bundle.id, position=3, id=1, reason="r")
+    letter = DeadLetter(bundle_id=made.bundle.id, position=3, id=101, reason="r")
     with started(refresher(store, tmp_path)) as until:
         until(serves(release))
         embedded(store, made, 0, 3, [100])
-        store.log(DEAD).append([encode_dead([letter])])
+        store.log(DEAD).append(encode_dead([letter]))
         until(lambda standing: standing.ranker.watermark == 3 and standing.dead == 1)
 
 

@@ -15,9 +15,10 @@ import pytest
 
 from cache.store import ReleaseStore, open_store
 from tests.processes import READY, TIMEOUT_S, Server, asked, eventually, rank, server
-from tests.redis_server import running_redis
+from tests.redis_server import running_redis, silent
 from tests.tiny_releases import TinyRelease, publish, tiny_release
 
+SOON_S = 10.0  # minutes were the case
 REFRESHER = re.compile(r"process (\d+) is the refresher")
 
 
@@ -114,6 +115,27 @@ def test_one_process_fetches_from_redis_and_workers_outlive_it(releases: list[Ti
             running.process.send_signal(signal.SIGINT)
             running.process.wait(TIMEOUT_S)
             running.until_nothing_is_left()
+        store.close()
+
+
+def test_a_redis_that_is_silent_is_told_by_readyz_metrics_and_admin_calls(
+    releases: list[TinyRelease], tmp_path: Path
+) -> None:
+    with running_redis() as redis:
+        store = open_store(redis.url)
+        publish(releases[0], store)
+        with workers(store, tmp_path, "--admin-token", "secret") as (_, url, _):
+            eventually(lambda: state(url)["store"]["reachable"])
+            with silent(redis):
+                headers = {"Authorization": "Bearer secret"}
+                answer = httpx.get(f"{url}/admin/releases", headers=headers, timeout=2 * SOON_S)
+                assert answer.status_code == 503
+                assert "it does not answer in time" in answer.text
+                eventually(lambda: not state(url)["store"]["reachable"])
+                eventually(lambda: min(state(url)["changes"]["behind_s"], state(url)["store"]["staleness_s"]) > 2.0)
+                assert state(url)["store"]["staleness_s"] < 2 * SOON_S
+                assert rank(url).status_code == 200
+            eventually(lambda: state(url)["changes"]["behind_s"] == 0.0)
         store.close()
 
 

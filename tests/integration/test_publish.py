@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,13 @@ def test_a_release_that_could_not_be_stored_can_be_pushed_later(
     assert open_store(url).current() == read_release(built).id
 
 
+@contextmanager
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setitem(STORES, "file", FailingStore)
+        yield
+
+
 def built() -> list[str]:
     """Names of the releases that lie in the work folder."""
     return [read_release(folder).id for folder in Path("var/build").glob("*/release")]
@@ -264,8 +272,7 @@ def test_what_could_not_be_stored_is_kept_once_and_stored_by_the_same_command(
     """However often it fails: a schedule against a full store must not fill the disk of the publisher, too."""
     monkeypatch.chdir(tmp_path)
     url = f"file://{tmp_path}/store"
-    with monkeypatch.context() as patch:
-        patch.setitem(STORES, "file", FailingStore)
+    with failing(monkeypatch):
         for _ in range(3):
             with pytest.raises(StoreError, match="no space left"):
                 publish(shop, url)
@@ -279,10 +286,8 @@ def test_what_could_not_be_stored_is_kept_once_and_stored_by_the_same_command(
     assert built() == [second], "who builds no release leaves it alone"
     publish(shop, f"file://{tmp_path}/other", "--index", "flat", "--no-activate")
     assert [info.id for info in open_store(f"file://{tmp_path}/other").list()] != [second], "it is of another store"
-    with monkeypatch.context() as patch:
-        patch.setitem(STORES, "file", FailingStore)
-        with pytest.raises(StoreError, match="no space left"):
-            publish(shop, url)
+    with failing(monkeypatch), pytest.raises(StoreError, match="no space left"):
+        publish(shop, url)
     (third,) = built()
     assert f"taking release {third}, which a publisher had built and not stored" in publish(shop, url)
     assert open_store(url).current() == third
@@ -294,10 +299,8 @@ def test_what_was_built_and_damaged_since_is_built_anew(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     url = f"file://{tmp_path}/store"
-    with monkeypatch.context() as patch:
-        patch.setitem(STORES, "file", FailingStore)
-        with pytest.raises(StoreError, match="no space left"):
-            publish(shop, url)
+    with failing(monkeypatch), pytest.raises(StoreError, match="no space left"):
+        publish(shop, url)
     (left,) = Path("var/build").glob("*/release")
     content = bytearray((left / ITEMS).read_bytes())
     content[5000] ^= 1
